@@ -1,0 +1,599 @@
+"""ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model learns to act over many turns.
+
+Two learners run at once. A critic learns off-policy, from a replay buffer, what a whole utterance is worth (Eqs. 1, 2).
+The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward (Eq. 3).
+
+    python archer.py                                  the detective game, a tiny GPT-2, two CPU cores: about two minutes
+    python archer.py --env twenty_questions           another game
+    python archer.py --actor gpt2 --critic roberta-base --actor-lr 1e-5 --critic-lr 2e-5    the paper's models, on a GPU
+    python archer.py --help                           every setting
+
+First half: the algorithm, in the paper's order; `train` is its Algorithm 1. Second half: the workshop (models, evaluation,
+files, command line). Left out here: the offline variants (Eqs. 6, 7), the token-level baseline (Eqs. 4, 5), and WebShop.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import inspect
+import json
+import pathlib
+import random
+import re
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from envs import GAMES
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting. A comment says what a setting is, and what its extremes do."""
+
+    env: str = "detective"  # the game, a name in GAMES
+    seed: int = 0  # of everything random; on one CPU the same seed gives the same run, bit for bit
+    actor: str = ""  # causal language model, a name or a folder; empty: a tiny GPT-2 from scratch
+    critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
+    out: str = ""  # folder to write into; empty: a new one under runs/
+
+    demonstrations: int = 500  # episodes of sub-optimal play for the warm start; 0: none, the actor must already speak
+    warm_start_steps: int = 300  # few: it babbles; many: it copies its teacher's mistakes to the letter
+    warm_start_lr: float = 2e-3  # falls to zero over the warm start
+    warm_start_batch: int = 128  # transitions in a step of the warm start
+
+    iterations: int = 40  # rounds of play, critic steps and actor steps
+    warmup_iterations: int = 12  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
+    episodes: int = 32  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
+    utterance_tokens: int = 8  # an utterance is cut here if no newline ends it
+    capacity: int = 20_000  # transitions the buffer holds; small: near on-policy, large: slow to forget
+    demonstrations_in_buffer: bool = True  # (Alg. 1, line 2); off: the critic starts from the actor's own play
+
+    critic_steps: int = 50  # in an iteration; few: the actor outruns the critic, many: slow
+    critic_batch: int = 256  # transitions in a critic step
+    critic_lr: float = 1e-3  # a pretrained encoder wants 2e-5
+    gamma: float = 0.97  # discount a turn; 0: only the next reward counts, 1: late is as good as soon
+    tau: float = 0.2  # soft update; 1: no target network, 0: the target never moves
+
+    actor_steps: int = 4  # in an iteration; many: the actor leaves what the critic has seen
+    actor_batch: int = 128  # states in an actor step
+    samples: int = 4  # fresh utterances a state; the paper has 1
+    centre: str = "state"  # subtract the mean advantage of: state, batch, or none (the paper)
+    scale: bool = False  # divide the advantages of a batch by their standard deviation; the paper does not
+    actor_lr: float = 2e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
+    clip: float = 1.0  # gradient norm, actor and critic apart
+
+    evaluation_episodes: int = 500  # fresh episodes behind each number of the final table
+
+
+# ======================================================================================================================
+# The algorithm
+# ======================================================================================================================
+
+
+class Transition(NamedTuple):
+    """One turn. `ids` are the tokens of the utterance as they were sampled, the end token included."""
+
+    s: str
+    a: str
+    ids: list
+    r: float
+    s2: str
+    done: bool  # nothing follows s2. A time limit outside the task is not `done`: there the critic bootstraps.
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, in a ring. Sampling is uniform, with replacement, also once the ring is full."""
+
+    def __init__(self, capacity, seed=0):
+        self.capacity, self.ring, self.next, self.rng = capacity, [], 0, random.Random(seed)
+
+    def add(self, transition):
+        if len(self.ring) < self.capacity:
+            self.ring.append(transition)
+        else:
+            self.ring[self.next] = transition
+        self.next = (self.next + 1) % self.capacity
+
+    def sample(self, n):
+        return self.rng.choices(self.ring, k=n)
+
+
+def by_length(texts, size):
+    """Lists of positions in `texts`, at most `size` each, similar lengths together: less padding, the same result."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def pad(rows, fill, device, left=False):
+    """Lists of ids -> ids and mask, [B, T]."""
+    width = max(map(len, rows))
+    gaps = [width - len(row) for row in rows]
+    ids = [[fill] * gap + row if left else row + [fill] * gap for row, gap in zip(rows, gaps)]
+    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def positions(mask):
+    """Position ids that count the real tokens only: without them a row would depend on the rows beside it."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def sample(p):
+    """One index a row, with the probabilities p [B, V]: the first whose cumulated probability passes a uniform draw."""
+    cumulated = p.cumsum(1)
+    draw = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, draw, right=True).squeeze(1).clamp(max=p.shape[1] - 1)
+
+
+class Actor(nn.Module):
+    """The policy pi(a|s): any causal language model. It speaks until a newline, which is a token like any other."""
+
+    def __init__(self, model, tokenizer, utterance_tokens=8):
+        super().__init__()
+        self.model, self.tokenizer, self.utterance_tokens = model.eval(), tokenizer, utterance_tokens  # eval: no dropout
+        (self.end,) = tokenizer.encode("\n", add_special_tokens=False)
+        self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
+        self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, texts):
+        """Token ids, a list a text. What is too long loses its beginning."""
+        return [self.tokens_of(text)[-self.room :] or [self.end] for text in texts]
+
+    def left_pad(self, rows):
+        """On the left: after right padding a short row would speak its first word behind a gap."""
+        return pad(rows, self.end, self.model.device, left=True)
+
+    @torch.no_grad()
+    def act(self, states, greedy=False):
+        """One utterance a state, in one batch, from the full softmax (top-k would sample another policy than we score).
+
+        Returns the texts, without the newline, and the sampled token ids, with it. Each distinct state is read once; a
+        row that has ended leaves the batch.
+        """
+        distinct = list(dict.fromkeys(states))
+        ids, mask = self.left_pad(self.encode(distinct))
+        row_of = {state: i for i, state in enumerate(distinct)}
+        rows, cache = torch.tensor([row_of[state] for state in states], device=ids.device), None
+        said, talking = [[] for _ in states], range(len(states))
+        for _ in range(self.utterance_tokens):
+            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
+                             past_key_values=cache, use_cache=True, logits_to_keep=1)
+            p = out.logits[:, -1].float().softmax(1)[rows]
+            token = p.argmax(1) if greedy else sample(p)
+            for i, t in zip(talking, token.tolist()):
+                said[i].append(t)
+            goes_on = token != self.end
+            talking = [i for i, yes in zip(talking, goes_on.tolist()) if yes]
+            if not talking:
+                break
+            cache, rows, ids = out.past_key_values, rows[goes_on], token[goes_on, None]
+            cache.batch_select_indices(rows)
+            mask = torch.cat([mask[rows], torch.ones_like(ids)], 1)
+            rows = torch.arange(len(talking), device=ids.device)
+        return [text.removesuffix("\n") for text in self.tokenizer.batch_decode(said)], said
+
+    def act_many(self, states, size=1024):
+        """`act` on any number of states, in a few large batches."""
+        texts, token_ids = [None] * len(states), [None] * len(states)
+        for rows in by_length(states, size):
+            for i, text, ids in zip(rows, *self.act([states[i] for i in rows])):
+                texts[i], token_ids[i] = text, ids
+        return texts, token_ids
+
+    def log_probs(self, states, token_ids, size=64):
+        """log pi(a^i | s, a^{1:i-1}) of every token that was spoken, its end token included.
+
+        Returns (log-probabilities, mask), both [B, L]; short utterances stand at the right edge.
+        """
+        sequences, longest = [s + a for s, a in zip(self.encode(states), token_ids)], max(map(len, token_ids))
+        chunks, parts = by_length(sequences, size), []
+        for rows in chunks:
+            ids, mask = self.left_pad([sequences[i] for i in rows])
+            L = min(longest, ids.shape[1] - 1)
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1).logits
+            log_p = torch.log_softmax(logits[:, :-1].float(), -1)  # the logits at i-1 predict token i
+            log_p = log_p.gather(2, ids[:, -L:, None]).squeeze(2)
+            parts.append(nn.functional.pad(log_p, (longest - L, 0)))
+        log_p = torch.cat(parts)[torch.tensor(sum(chunks, [])).argsort()]
+        lengths = torch.tensor([len(a) for a in token_ids], device=log_p.device)
+        spoken = torch.arange(longest, 0, -1, device=log_p.device) <= lengths[:, None]
+        return log_p, spoken.float()
+
+
+class DoubleCritic(nn.Module):
+    """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled."""
+
+    def __init__(self, encoder, tokenizer):
+        super().__init__()
+        self.encoder, self.tokenizer = encoder.eval(), tokenizer
+        h, room = encoder.config.hidden_size, min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
+        self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, truncation=True, max_length=room))
+        self.q_heads = nn.ModuleList([self.head(2 * h, h), self.head(2 * h, h)])
+        self.v_heads = nn.ModuleList([self.head(h, h), self.head(h, h)])
+
+    @staticmethod
+    def head(width, h):
+        """width-h-h-1 with ReLU. Wide initial weights: a head must learn which utterance suits which state, and with
+        torch's default, small ones it takes that for a sum of a state part and an utterance part for a long time."""
+        layers = [nn.Linear(width, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
+        for layer in layers[::2]:
+            nn.init.orthogonal_(layer.weight, 2**0.5)
+        return nn.Sequential(*layers)
+
+    def embed(self, texts, size=64):
+        """[B, H]: the mean over a text's tokens. Each distinct text is encoded once; observations repeat a lot."""
+        distinct, pooled = sorted(set(texts), key=len), []
+        for i in range(0, len(distinct), size):
+            rows = [self.tokens_of(text) for text in distinct[i : i + size]]
+            ids, mask = pad(rows, self.tokenizer.pad_token_id, self.encoder.device)
+            hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            pooled.append((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True))
+        row = {text: i for i, text in enumerate(distinct)}
+        return torch.cat(pooled)[[row[text] for text in texts]]
+
+    def q(self, e_s, e_a):
+        """Q_1(s, a) and Q_2(s, a), [2, B], from the embeddings of s and a."""
+        return torch.stack([head(torch.cat([e_s, e_a], 1)).squeeze(1) for head in self.q_heads])
+
+    def v(self, e_s):
+        """V_1(s) and V_2(s), [2, B]."""
+        return torch.stack([head(e_s).squeeze(1) for head in self.v_heads])
+
+
+@torch.no_grad()
+def soft_update(target, online, tau):
+    """target <- (1 - tau) target + tau online, parameter by parameter."""
+    for t, o in zip(target.parameters(), online.parameters()):
+        t.lerp_(o, tau)
+
+
+def q_loss(q, r, done, next_v, gamma):
+    """Q learns the reward plus the discounted value of what follows (Eq. 1).
+
+    q, next_v: [2, B], each head with its own; r, done: [B]. next_v comes from the target network.
+    """
+    target = r + gamma * (1 - done) * next_v
+    return (q - target.detach()).pow(2).mean(1).sum()
+
+
+def v_loss(v, fresh_q):
+    """V learns what Q says of an utterance that the actor would say now, not of the one in the buffer (Eq. 2).
+
+    v, fresh_q: [2, B], each head with its own. fresh_q comes from the target network.
+    """
+    return (v - fresh_q.detach()).pow(2).mean(1).sum()
+
+
+def advantage(q, v):
+    """min Q - min V, [B], of [2, B] each: how much better than its usual talk is this utterance? (Sec. 3)"""
+    return q.min(0).values - v.min(0).values
+
+
+def centred(A, samples, centre, scale):
+    """The advantages [states * samples] less a mean that depends on no single utterance's tokens; not in the paper."""
+    if centre == "state":
+        A = (A.view(-1, samples) - A.view(-1, samples).mean(1, keepdim=True)).flatten()
+    if centre == "batch":
+        A = A - A.mean()
+    return A / (A.std() + 1e-3) if scale else A
+
+
+def actor_loss(log_p, spoken, A):
+    """One scalar, the utterance's advantage, times the SUM of its tokens' log-probabilities; negated to descend (Eq. 3).
+
+    log_p, spoken: [B, L]; A: [B].
+    """
+    return -(A.detach() * (log_p * spoken).sum(1)).mean()
+
+
+def descend(loss, network, optimizer, clip):
+    """One step of one network; the other one's gradients have no part in the norm that is clipped."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), clip)
+    optimizer.step()
+
+
+def critic_loss(critic, target, batch, fresh, gamma):
+    """Eqs. 1 and 2 on a list of transitions and one fresh utterance for each of their states."""
+    s, a, _, r, s2, done = zip(*batch)
+    e_s, e_a = critic.embed(s), critic.embed(a)
+    r, done = torch.tensor([r, done], dtype=torch.float32, device=e_s.device)
+    with torch.no_grad():
+        next_v = target.v(target.embed(s2))
+        fresh_q = target.q(target.embed(s), target.embed(fresh))
+    return q_loss(critic.q(e_s, e_a), r, done, next_v, gamma), v_loss(critic.v(e_s), fresh_q)
+
+
+def policy_gradient(actor, critic, states, c):
+    """Eq. 3 at `states`: new utterances, judged by the critic; the logged ones play no part. Returns (loss, advantages)."""
+    s = [s for s in states for _ in range(c.samples)]
+    a, token_ids = actor.act(s)
+    with torch.no_grad():
+        e_s = critic.embed(s)
+        A = advantage(critic.q(e_s, critic.embed(a)), critic.v(e_s))
+    log_p, spoken = actor.log_probs(s, token_ids)
+    return actor_loss(log_p, spoken, centred(A, c.samples, c.centre, c.scale)), A
+
+
+def rollout(game, actor, episodes, rng, greedy=False):
+    """Plays `episodes` games side by side. Returns a list of episodes, each a list of transitions."""
+    games = [game() for _ in range(episodes)]
+    states = [g.reset(seed=rng.randrange(2**31))[0] for g in games]
+    played, playing = [[] for _ in games], range(episodes)
+    while playing:
+        still_playing = []
+        for i, a, token_ids in zip(playing, *actor.act([states[i] for i in playing], greedy)):
+            s2, r, terminated, truncated, _ = games[i].step(a)
+            played[i].append(Transition(states[i], a, token_ids, r, s2, terminated))
+            states[i] = s2
+            if not (terminated or truncated):
+                still_playing.append(i)
+        playing = still_playing
+    return played
+
+
+def warm_start(actor, transitions, c):
+    """Supervised fine-tuning on demonstrations, where the paper's actors come from too. Returns the last loss a token."""
+    rng, optimizer = random.Random(c.seed), torch.optim.Adam(actor.parameters())
+    for step in tqdm(range(c.warm_start_steps), "warm start"):
+        optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
+        batch = rng.choices(transitions, k=c.warm_start_batch)
+        log_p, spoken = actor.log_probs([t.s for t in batch], [t.ids for t in batch])
+        loss = -(log_p * spoken).sum() / spoken.sum()
+        descend(loss, actor, optimizer, c.clip)
+    return loss.item()
+
+
+def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
+    """Algorithm 1, online. `report` is called once an iteration with a dict of plain numbers."""
+    target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr)
+    critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr)
+    buffer, rng = ReplayBuffer(c.capacity, c.seed), random.Random(c.seed)
+    for transition in demonstrations if c.demonstrations_in_buffer else []:  # (Alg. 1, line 2)
+        buffer.add(transition)
+    for iteration in tqdm(range(c.iterations), "ArCHer"):  # (Alg. 1, line 3)
+        episodes = rollout(game, actor, c.episodes, rng)  # (Alg. 1, lines 4-7)
+        for transition in sum(episodes, []):
+            buffer.add(transition)
+        # The actor rests while the critic learns, so all utterances that Eq. 2 needs can be drawn in one go.
+        batches = [buffer.sample(c.critic_batch) for _ in range(c.critic_steps)]
+        fresh, _ = actor.act_many([t.s for batch in batches for t in batch])
+        losses = []
+        for k, batch in enumerate(batches):  # (Alg. 1, line 8)
+            losses.append(critic_loss(critic, target, batch, fresh[k * c.critic_batch : (k + 1) * c.critic_batch], c.gamma))
+            descend(sum(losses[-1]), critic, critic_optimizer, c.clip)  # (Alg. 1, lines 9-10) Q and V share an encoder: one step
+            soft_update(target, critic, c.tau)  # (Alg. 1, lines 12-15)
+        advantages = []
+        for _ in range(c.actor_steps if iteration >= c.warmup_iterations else 0):  # (Alg. 1, line 20)
+            loss, A = policy_gradient(actor, critic, [t.s for t in buffer.sample(c.actor_batch)], c)
+            descend(loss, actor, actor_optimizer, c.clip)  # (Alg. 1, line 22)
+            advantages.append(A)
+        report(metrics_of(iteration, episodes, losses, advantages, critic, c.gamma))
+
+
+def metrics_of(iteration, episodes, losses, advantages, critic, gamma):
+    """A line of metrics.jsonl. An honest critic's `value` of the first states is the `discounted_return` earned from them."""
+    mean = lambda numbers: sum(numbers) / max(len(numbers), 1)
+    with torch.no_grad():
+        value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
+    A = torch.cat(advantages) if advantages else torch.zeros(2)
+    return {
+        "iteration": iteration + 1,
+        "return": mean([sum(t.r for t in e) for e in episodes]),
+        "turns": mean([len(e) for e in episodes]),
+        "discounted_return": mean([sum(t.r * gamma**k for k, t in enumerate(e)) for e in episodes]),
+        "value": value,
+        "q_loss": mean([q.item() for q, _ in losses]),
+        "v_loss": mean([v.item() for _, v in losses]),
+        "advantage_mean": A.mean().item(),
+        "advantage_std": A.std().item(),
+    }
+
+
+# ======================================================================================================================
+# The workshop
+# ======================================================================================================================
+
+
+def fail(message):
+    """One clear line instead of a traceback; exit code 2."""
+    print(f"archer: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(c):
+    """Finds impossible settings before any work is done."""
+    if c.env not in GAMES:
+        fail(f"there is no game {c.env!r}; choose from {', '.join(GAMES)}")
+    may_be_zero = {"seed", "demonstrations", "warm_start_steps", "warmup_iterations", "actor_steps", "tau", "gamma"}
+    for field in dataclasses.fields(c):
+        value, option = getattr(c, field.name), "--" + field.name.replace("_", "-")
+        if field.type in (int, float) and not (value > 0 or (value == 0 and field.name in may_be_zero)):
+            fail(f"{option} must be {'0 or more' if field.name in may_be_zero else 'more than 0'}, not {value}")
+    if c.gamma > 1 or c.tau > 1:
+        fail("--gamma and --tau must lie between 0 and 1")
+    if c.centre not in ("state", "batch", "none"):
+        fail(f"--centre must be state, batch or none, not {c.centre!r}")
+    if c.centre == "state" and c.samples < 2:
+        fail("--centre state compares the utterances of one state: give --samples 2 or more, or --centre batch or none")
+    if not c.actor and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
+        fail("a tiny actor from scratch learns to speak from demonstrations; ask for some, or name a model with --actor")
+    if c.out and pathlib.Path(c.out, "summary.json").exists():
+        fail(f"--out {c.out} holds an earlier run; name another folder")
+
+
+def make_folder(c):
+    """The folder to write into; one that does not exist yet if none was named."""
+    numbered = (pathlib.Path("runs", f"{c.env}-seed{c.seed}-{k}") for k in range(1, 10**6))
+    folder = pathlib.Path(c.out) if c.out else next(f for f in numbered if not f.exists())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"cannot write into {folder}: {error.strerror}")
+    return folder
+
+
+def tiny_tokenizer(texts, special_tokens, template=None):
+    """Byte-level BPE trained on the game's own text: any string can be written, the game's words are one token each."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(r"\n| ?\S+|\s"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    names = list(special_tokens.values())
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, special_tokens=names, show_progress=False))
+    if template:
+        bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(t, i) for i, t in enumerate(names)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=256, truncation_side="left", **special_tokens)
+
+
+def load(model_class, name):
+    """A pretrained model and its tokenizer, from the hub or a folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return model_class.from_pretrained(name), AutoTokenizer.from_pretrained(name, truncation_side="left")
+    except (OSError, ValueError) as error:
+        fail(f"cannot load a model and its tokenizer from {name!r}: {str(error).splitlines()[0]}")
+
+
+def build(c, texts):
+    """Actor and critic on the best device: by name where the settings name one, else tiny and new. ReLU and wide initial
+    weights let networks of this size learn from few examples."""
+    from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if c.actor:
+        model, tokenizer = load(AutoModelForCausalLM, c.actor)
+        if len(tokenizer.encode("\n", add_special_tokens=False)) != 1:
+            fail(f"the tokenizer of {c.actor!r} has no token for a newline, which ends an utterance here")
+    else:
+        tokenizer = tiny_tokenizer(texts, {"eos_token": "<|endoftext|>"})
+        model = GPT2LMHeadModel(GPT2Config(
+            vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=4, activation_function="relu",
+            initializer_range=0.2, bos_token_id=0, eos_token_id=0))
+    if c.critic:
+        encoder, critic_tokenizer = load(AutoModel, c.critic)
+    else:
+        critic_tokenizer = tiny_tokenizer(texts, {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}, "<s> $A </s>")
+        encoder = RobertaModel(RobertaConfig(
+            vocab_size=len(critic_tokenizer), max_position_embeddings=258, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+            intermediate_size=256, hidden_act="relu", initializer_range=0.2, bos_token_id=0, pad_token_id=1, eos_token_id=2))
+    return Actor(model, tokenizer, c.utterance_tokens).to(device), DoubleCritic(encoder, critic_tokenizer).to(device)
+
+
+def evaluate(game, actor, episodes, seed, greedy=False):
+    """Mean return over fresh episodes, sampled or greedy."""
+    return sum(t.r for e in rollout(game, actor, episodes, random.Random(seed), greedy) for t in e) / episodes
+
+
+def dialogue(title, episode, actor, critic):
+    """One episode as text: what was said and answered, with reward, Q, V, advantage and log-probability a turn."""
+    s, a, token_ids, *_ = zip(*episode)
+    with torch.no_grad():
+        e_s = critic.embed(s)
+        q, v = critic.q(e_s, critic.embed(a)), critic.v(e_s)
+        log_p, spoken = actor.log_probs(s, token_ids)
+    numbers = zip(q.min(0).values.tolist(), v.min(0).values.tolist(), advantage(q, v).tolist(), (log_p * spoken).sum(1).tolist())
+    lines = [f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n")]
+    for t, (q, v, A, log_p) in zip(episode, numbers):
+        answer = t.s2.removeprefix(t.s).strip()
+        lines.append(f"> {t.a:<24} r {t.r:5.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}\n{answer}")
+    return "\n".join(lines) + "\n"
+
+
+def plot_curve(metrics, summary, episodes, path):
+    """Left: return against episodes, between random play and the exact optimum. Right: what the critic expects at the
+    start of an episode against what the actor then earns."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    x = [m["iteration"] * episodes for m in metrics]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(x, [m["return"] for m in metrics], color="#0072B2", label="ArCHer, sampled play")
+    for name, style in (("optimum", "--"), ("start", "-."), ("random", ":")):
+        if summary[name] is not None:
+            left.axhline(summary[name], color="black", linestyle=style, linewidth=1, label=name)
+    left.set(xlabel="episodes played", ylabel="return of an episode", title=f"{summary['game']}, seed {summary['seed']}")
+    right.plot(x, [m["value"] for m in metrics], color="#D55E00", linestyle="--", label="expected: V of the first state")
+    right.plot(x, [m["discounted_return"] for m in metrics], color="#0072B2", label="earned: discounted return")
+    right.set(xlabel="episodes played", ylabel="discounted return", title="is the critic honest?")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run(c):
+    """Warm start, train, evaluate, write everything into a folder. Returns the summary."""
+    check(c)
+    folder, began, game = make_folder(c), time.time(), GAMES[c.env]
+    random.seed(c.seed), torch.manual_seed(c.seed)
+    exact = lambda name: getattr(game, name)() if hasattr(game, name) else None
+    played = game.demonstrations(c.demonstrations, c.seed) if c.demonstrations and hasattr(game, "demonstrations") else []
+    actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
+    demonstrations = [Transition(s, a, [*actor.encode([a])[0], actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
+    if demonstrations:
+        warm_start(actor, demonstrations, c)
+    before = rollout(game, actor, c.evaluation_episodes, random.Random(c.seed + 10**6))
+    metrics = []
+
+    def report(line):
+        metrics.append(line)
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    train(game, actor, critic, demonstrations, c, report)
+    after = rollout(game, actor, c.evaluation_episodes, random.Random(c.seed + 2 * 10**6))
+    mean_return = lambda episodes: sum(t.r for e in episodes for t in e) / len(episodes)
+    summary = {"game": c.env, "seed": c.seed, "random": exact("random_return"), "start": mean_return(before), "end": mean_return(after),
+               "greedy": evaluate(game, actor, c.evaluation_episodes, c.seed + 3 * 10**6, greedy=True), "optimum": exact("optimal_return")}
+    gap = None if summary["optimum"] is None else (summary["end"] - summary["start"]) / (summary["optimum"] - summary["start"])
+    utterances = sum(m["turns"] for m in metrics) * c.episodes + c.iterations * c.critic_steps * c.critic_batch
+    utterances += max(c.iterations - c.warmup_iterations, 0) * c.actor_steps * c.actor_batch * c.samples
+    summary |= {"gap_closed": gap, "seconds": time.time() - began, "episodes": c.iterations * c.episodes, "utterances": round(utterances)}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2) + "\n")
+    text = dialogue("Before training", before[0], actor, critic) + "\n" + dialogue("After training", after[0], actor, critic)
+    (folder / "dialogues.txt").write_text(text)
+    plot_curve(metrics, summary, c.episodes, folder / "curve.png")
+    actor.model.save_pretrained(folder / "actor")
+    actor.tokenizer.save_pretrained(folder / "actor")
+    print(f"\n{text}\n{table(summary)}\nfigure: {folder}/curve.png   model: {folder}/actor   everything: {folder}/")
+    return summary
+
+
+def table(summary):
+    """The returns of the summary, worst player first."""
+    rows = {"random": "random play, exact", "start": "after the warm start, sampled", "end": "after ArCHer, sampled",
+            "greedy": "after ArCHer, greedy", "optimum": "optimum, exact"}
+    lines = [f"{text:<32}{summary[name]:8.2f}" for name, text in rows.items() if summary[name] is not None]
+    if summary["gap_closed"] is not None:
+        lines.append(f"{'gap from start to optimum closed':<32}{summary['gap_closed']:8.0%}")
+    return "\n".join(lines) + f"\n{summary['episodes']} episodes, {summary['utterances']} utterances, {summary['seconds']:.0f} seconds"
+
+
+def main(arguments=None):
+    """The command line: one option a setting, its help the setting's comment."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(Config):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=comments[field.name], **kind)
+    run(Config(**vars(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,480 @@
+"""What can be proved is proved here: `pytest`. Every test builds its own small models; nothing is downloaded."""
+
+import collections
+import copy
+import dataclasses
+import itertools
+import json
+import random
+import re
+import statistics
+
+import pytest
+import torch
+
+import archer
+from archer import Config, ReplayBuffer, Transition
+from envs import GAMES, Detective, TwentyQuestions
+
+STATES = ["Welcome. Hall: nothing\n", "Done. Landing: key\n", "Taken. Cellar: key, note on butler\n" * 4, "é ∀ 猫\n", ""]
+WORDS = ["go north", "accuse butler", "", "x" * 50, "猫 go"]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return [s + a + "\n" + s2 for e in Detective.demonstrations(50) for s, a, _, s2, _ in e]
+
+
+@pytest.fixture
+def models(texts):
+    """A new tiny actor and critic with random weights."""
+    torch.manual_seed(0)
+    return archer.build(Config(), texts)
+
+
+def spoken_ids(actor, words):
+    return [[*actor.encode([w])[0], actor.end] if w else [actor.end] for w in words]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The actor
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_log_probs(actor, state, token_ids):
+    """log pi(a^i | s, a^{1:i-1}), one token at a time, no batch, no padding, no cache."""
+    ids, out = list(actor.encode([state])[0]), []
+    for token in token_ids:
+        logits = actor.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        out.append(float(logits.detach().double().log_softmax(0)[token]))
+        ids.append(token)
+    return out
+
+
+def test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates(models):
+    actor, _ = models
+    pairs = list(itertools.product(STATES, spoken_ids(actor, WORDS)))
+    expected = [plain_log_probs(actor, s, a) for s, a in pairs]
+    orders = [list(range(len(pairs))), list(range(len(pairs)))[::-1], *[[i] for i in range(len(pairs))]]
+    for order in orders:
+        log_p, spoken = actor.log_probs([pairs[i][0] for i in order], [pairs[i][1] for i in order])
+        for row, i in enumerate(order):
+            assert spoken[row].sum() == len(expected[i])
+            assert torch.allclose(log_p[row][spoken[row].bool()], torch.tensor(expected[i]), atol=1e-5)
+
+
+def test_log_probs_equal_the_frequencies_of_sampling(models):
+    actor, _ = models
+    state, n = "Welcome. Hall: nothing\n", 20_000
+    actor.utterance_tokens = 2
+    actor.model.lm_head.weight.data[40:] -= 1.0  # fewer likely words, so that frequencies can be counted
+    _, said = actor.act([state] * n)
+    for ids, count in collections.Counter(map(tuple, said)).most_common(8):
+        log_p, spoken = actor.log_probs([state], [list(ids)])
+        p = (log_p * spoken).sum().exp().item()
+        assert abs(count / n - p) < 4 * (p * (1 - p) / n) ** 0.5, (ids, count / n, p)
+
+
+def test_greedy_speech_is_the_same_alone_and_in_company(models):
+    actor, _ = models
+    together = actor.act(STATES * 2, greedy=True)[1]
+    alone = [actor.act([s], greedy=True)[1][0] for s in STATES * 2]
+    assert together == alone
+    for state, ids in zip(STATES, alone):
+        prompt = list(actor.encode([state])[0])
+        for i, token in enumerate(ids):
+            assert actor.model(input_ids=torch.tensor([prompt + ids[:i]])).logits[0, -1].argmax() == token
+
+
+def test_an_utterance_ends_with_its_first_newline_or_at_the_limit(models):
+    actor, _ = models
+    with torch.no_grad():  # make the newline likely
+        actor.model.transformer.ln_f.bias += 3 * actor.model.lm_head.weight[actor.end]
+    texts, said = actor.act(STATES * 40)
+    assert len(said) == len(texts) == len(STATES) * 40
+    lengths = collections.Counter()
+    for ids in said:
+        assert actor.end not in ids[:-1]
+        assert ids[-1] == actor.end or len(ids) == actor.utterance_tokens
+        lengths[len(ids)] += 1
+    assert len(lengths) > 2 and not any("\n" in t for t in texts)
+
+
+def test_act_many_answers_every_state_in_its_place(models):
+    actor, _ = models
+    states = [random.Random(i).choice(STATES) for i in range(50)]
+    actor.act = lambda chunk, greedy=False: ([f"<{s}>" for s in chunk], [[len(s)] for s in chunk])
+    texts, ids = actor.act_many(states, size=7)
+    assert texts == [f"<{s}>" for s in states] and ids == [[len(s)] for s in states]
+
+
+def test_a_state_longer_than_the_context_loses_its_beginning(models):
+    actor, critic = models
+    long = "go north\n" * 500
+    assert actor.encode([long])[0] == actor.encode([long + long])[0]
+    log_p, _ = actor.log_probs([long], spoken_ids(actor, ["go north"]))
+    assert torch.isfinite(log_p).all() and len(actor.act([long])[0]) == 1
+    assert torch.equal(critic.embed(["no " * 500 + long]), critic.embed([long]))
+
+
+def test_only_spoken_tokens_are_trained(models):
+    actor, _ = models
+    kept = {}
+    forward = actor.model.forward
+
+    def spy(**inputs):
+        out = forward(**inputs)
+        out.logits.retain_grad()
+        kept["logits"] = out.logits
+        return out
+
+    actor.model.forward = spy
+    said = spoken_ids(actor, ["go north", ""])
+    log_p, spoken = actor.log_probs(["Welcome. Hall: nothing\n", "Done.\n"], said)
+    archer.actor_loss(log_p, spoken, torch.ones(2)).backward()
+    moved = kept["logits"].grad.abs().sum(2) > 0  # chunks are sorted by length: the short row first
+    assert moved.int().tolist() == [[0, 0, 1, 0], [1, 1, 1, 0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Critic and losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def some_batch(n=12):
+    transitions = [Transition(s, a, [1], r, s2, d) for e in Detective.demonstrations(3) for s, a, r, s2, d in e]
+    return random.Random(0).sample(transitions, n)
+
+
+def gradients(network):
+    return sum(float(p.grad.abs().sum()) for p in network.parameters() if p.grad is not None)
+
+
+def test_each_loss_moves_its_own_network_only(models):
+    actor, critic = models
+    target = copy.deepcopy(critic).requires_grad_(False)
+    batch = some_batch()
+    sum(archer.critic_loss(critic, target, batch, [t.a for t in batch], 0.9)).backward()
+    assert gradients(critic) > 0 and gradients(actor) == 0 and all(p.grad is None for p in target.parameters())
+    critic.zero_grad(set_to_none=True)
+    loss, _ = archer.policy_gradient(actor, critic, [t.s for t in batch], Config())
+    loss.backward()
+    assert gradients(actor) > 0 and gradients(critic) == 0
+
+
+def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
+    _, critic = models
+    target = copy.deepcopy(critic).requires_grad_(False)
+    for k, (reached, spared) in enumerate([(critic.q_heads, critic.v_heads), (critic.v_heads, critic.q_heads)]):
+        critic.zero_grad(set_to_none=True)
+        archer.critic_loss(critic, target, some_batch(), ["go up"] * 12, 0.9)[k].backward()
+        assert gradients(reached) > 0 and gradients(spared) == 0 and gradients(critic.encoder) > 0
+
+
+def test_embedding_a_text_does_not_depend_on_the_others(models):
+    _, critic = models
+    texts = [*STATES, *WORDS, *STATES]
+    together = critic.embed(texts, size=3)
+    for row, text in zip(together, texts):
+        assert torch.allclose(row, critic.embed([text])[0], atol=1e-5)
+
+
+def test_losses_by_hand():
+    q, v, r = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[10.0, 20.0], [30.0, 40.0]]), torch.tensor([0.5, 1.0])
+    done = torch.tensor([0.0, 1.0])
+    by_hand = ((1 - (0.5 + 0.9 * 10)) ** 2 + (2 - 1) ** 2) / 2 + ((3 - (0.5 + 0.9 * 30)) ** 2 + (4 - 1) ** 2) / 2
+    assert torch.isclose(archer.q_loss(q, r, done, v, 0.9), torch.tensor(by_hand))
+    assert torch.isclose(archer.v_loss(v, q), torch.tensor((9.0**2 + 18**2) / 2 + (27.0**2 + 36**2) / 2))
+    assert archer.advantage(torch.tensor([[1.0, 5.0], [2.0, 4.0]]), torch.tensor([[7.0, 1.0], [6.0, 3.0]])).tolist() == [-5, 3]
+    log_p, spoken = torch.tensor([[-9.0, -1.0], [-2.0, -3.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    assert archer.actor_loss(log_p, spoken, torch.tensor([2.0, -1.0])).item() == -(2 * -1 + -1 * -5) / 2
+
+
+def test_centring_keeps_the_differences_within_a_state_and_nothing_else():
+    A = torch.tensor([1.0, 3.0, 10.0, 10.0])
+    assert archer.centred(A, 2, "state", False).tolist() == [-1, 1, 0, 0]
+    assert archer.centred(A, 2, "batch", False).tolist() == [-5, -3, 4, 4]
+    assert archer.centred(A, 2, "none", False).tolist() == A.tolist()
+    assert torch.isclose(archer.centred(A, 2, "batch", True).std(), torch.tensor(1.0), atol=1e-3)
+
+
+@pytest.mark.parametrize("tau, expected", [(0.0, 1.0), (0.25, 2.0), (1.0, 5.0)])
+def test_soft_update(tau, expected):
+    target, online = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for network, number in ((target, 1.0), (online, 5.0)):
+        for p in network.parameters():
+            p.data.fill_(number)
+    archer.soft_update(target, online, tau)
+    assert all((p == expected).all() for p in target.parameters()) and all((p == 5).all() for p in online.parameters())
+
+
+def test_dropout_is_off(models):
+    actor, critic = models
+    assert not any(m.training for m in [*actor.model.modules(), *critic.encoder.modules()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffer and play
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ring_holds_the_last_transitions_and_samples_them_evenly():
+    buffer = ReplayBuffer(10, seed=0)
+    for k in range(27):
+        buffer.add(k)
+        assert sorted(buffer.ring) == list(range(max(0, k - 9), k + 1))
+    counts = collections.Counter(buffer.sample(50_000))
+    assert set(counts) == set(range(17, 27)) and all(abs(n - 5000) < 5 * 5000**0.5 for n in counts.values())
+    again = ReplayBuffer(10, seed=0)
+    for k in range(27):
+        again.add(k)
+    assert again.sample(20) == ReplayBuffer.sample(again_from(27), 20)
+
+
+def again_from(n):
+    buffer = ReplayBuffer(10, seed=0)
+    for k in range(n):
+        buffer.add(k)
+    return buffer
+
+
+class Silent:
+    """Three turns, never a reward; ends by itself or by the clock. Only reset and step: all that a game needs."""
+
+    ends = True
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return f"{seed} 0\n", {}
+
+    def step(self, utterance):
+        self.t += 1
+        over = self.t == 3
+        return f"{self.t}\n", 0.0, over and self.ends, over and not self.ends, {}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_rewards_of_zero_change_nothing_about_turn_boundaries(models, ends):
+    actor, _ = models
+    game = type("Game", (Silent,), {"ends": ends})
+    episodes = archer.rollout(game, actor, 5, random.Random(0))
+    for e in episodes:
+        assert [t.s2 for t in e] == ["1\n", "2\n", "3\n"] and [t.s for t in e][1:] == ["1\n", "2\n"]
+        assert [t.done for t in e] == [False, False, ends] and [t.r for t in e] == [0, 0, 0]
+        assert all(actor.tokenizer.decode(t.ids).removesuffix("\n") == t.a for t in e)
+    assert len({e[0].s for e in episodes}) == 5  # every game has its own seed
+
+
+def test_a_time_limit_bootstraps_and_an_end_does_not(models):
+    _, critic = models
+    target = copy.deepcopy(critic).requires_grad_(False)
+    s, a, s2 = "Welcome. Hall: nothing\n", "go north", "Done. Landing: nothing\n"
+    with torch.no_grad():
+        q, v = critic.q(critic.embed([s]), critic.embed([a])), target.v(target.embed([s2]))
+        for done in (False, True):
+            loss, _ = archer.critic_loss(critic, target, [Transition(s, a, [1], 0.5, s2, done)], [a], 0.9)
+            assert torch.isclose(loss, (q - 0.5 - (0 if done else 0.9) * v).pow(2).sum(), rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The games
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def play(game, speak, seed):
+    observation, _ = game.reset(seed=seed)
+    total, over = 0.0, False
+    while not over:
+        observation, reward, terminated, truncated, _ = game.step(speak(game))
+        total, over = total + reward, terminated or truncated
+    return total
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_optimal_player_earns_the_optimal_return(name):
+    returns = [play(GAMES[name](), lambda g: g.best_utterance(), seed) for seed in range(3000)]
+    error = 3 * statistics.pstdev(returns) / len(returns) ** 0.5 + 1e-9
+    assert abs(statistics.mean(returns) - GAMES[name].optimal_return()) <= error
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_random_player_earns_the_random_return(name):
+    rng = random.Random(0)
+    returns = [play(GAMES[name](), lambda g: rng.choice(g.utterances), seed) for seed in range(3000)]
+    assert abs(statistics.mean(returns) - GAMES[name].random_return()) < 3 * statistics.pstdev(returns) / len(returns) ** 0.5
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_demonstrations_are_better_than_chance_and_far_from_the_optimum(name):
+    game = GAMES[name]
+    returns = [sum(r for _, _, r, _, _ in e) for e in game.demonstrations(1000, seed=3)]
+    error = 3 * statistics.pstdev(returns) / len(returns) ** 0.5
+    low, high = game.random_return(), game.optimal_return()
+    assert low + error < statistics.mean(returns) < (low + high) / 2 - error
+    assert game.demonstrations(3, seed=1) == game.demonstrations(3, seed=1) != game.demonstrations(3, seed=2)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_any_utterance_is_legal_and_costs_a_turn(name):
+    rng, game = random.Random(0), GAMES[name]()
+    noise = ["", "\n", " " * 99, "∀" * 999, "go", "accuse", "take", "dog", "is it a", "\x00", "DOG?", "go \t north"]
+    for seed in range(300):
+        observation, _ = game.reset(seed=seed)
+        for turn in itertools.count(1):
+            said = rng.choice(noise + list(game.utterances)) + rng.choice(["", " ", "!", "猫"])
+            observation, reward, terminated, truncated, _ = game.step(said)
+            assert observation.endswith("\n") and isinstance(reward, float) and game.turns == turn <= game.limit
+            if terminated or truncated:
+                break
+
+
+def test_the_turn_limit_ends_twenty_questions_and_cuts_detective():
+    for game, end in ((TwentyQuestions(), (True, False)), (Detective(), (False, True))):
+        game.reset(seed=0)
+        ends = [game.step("")[2:4] for _ in range(game.limit)]
+        assert set(ends[:-1]) == {(False, False)} and ends[-1] == end
+
+
+def test_optima_are_not_trivial():
+    lengths = []
+    for seed in range(500):
+        game = TwentyQuestions()
+        play(game, lambda g: g.best_utterance(), seed)
+        lengths.append(game.turns)
+    assert statistics.mean(lengths) > 4
+    game = Detective()
+    play(game, lambda g: g.best_utterance(), 0)
+    assert game.turns >= 10
+
+
+def test_twenty_questions_tells_nothing_but_yes_and_no():
+    game = TwentyQuestions()
+    for hidden in game.hidden_things:
+        game.reset(options={"hidden": hidden})
+        for question in game.facts:
+            _, reward, over, _, _ = game.step(question)
+            assert reward == -1 and not over and game.history[-1][1] in ("yes", "no")
+        assert game.step(" ".join(game.hidden_things))[1:3] == (-1.0, False)  # naming everything wins nothing
+        assert game.step(f" {hidden.upper()}?\t")[1:3] == (0.0, True)
+
+
+def test_detective_hides_the_culprit_until_the_note_is_taken():
+    seen = set()
+    for culprit in Detective.hidden_things:
+        game = Detective()
+        observations = [game.reset(options={"hidden": culprit})[0]]
+        for said in ("accuse butler", "go north", "go east", "take key", "go west", "go south", "go east", "go east", "go down"):
+            observations.append(game.step(said)[0])
+        seen.add(tuple(observations))
+        assert culprit in game.step("take note")[0]
+        assert game.step(f"accuse {culprit}")[1:3] == (7.0, True)
+    assert len(seen) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL = ("--iterations 3 --warmup-iterations 1 --episodes 4 --critic-steps 3 --critic-batch 16 --actor-steps 1 --actor-batch 8 "
+         "--warm-start-steps 5 --demonstrations 20 --evaluation-episodes 4").split()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    archer.main([*SMALL, "--out", str(folder)])
+    return folder
+
+
+def test_a_run_writes_what_it_promises(small_run):
+    summary = json.loads((small_run / "summary.json").read_text())
+    assert {"game", "seed", "start", "end", "greedy", "optimum", "gap_closed", "seconds", "episodes", "utterances"} <= set(summary)
+    assert summary["gap_closed"] == pytest.approx((summary["end"] - summary["start"]) / (summary["optimum"] - summary["start"]))
+    assert len((small_run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (small_run / "curve.png").read_bytes().startswith(b"\x89PNG")
+    dialogues = (small_run / "dialogues.txt").read_text()
+    assert "Before training" in dialogues and "After training" in dialogues
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(small_run, tmp_path):
+    archer.main([*SMALL, "--out", str(tmp_path)])
+    for name in ("metrics.jsonl", "dialogues.txt"):
+        assert (tmp_path / name).read_bytes() == (small_run / name).read_bytes()
+    for name in ("actor/model.safetensors",):
+        assert (tmp_path / name).read_bytes() == (small_run / name).read_bytes()
+    archer.main([*SMALL, "--seed", "1", "--out", str(tmp_path / "other")])
+    assert (tmp_path / "other/metrics.jsonl").read_bytes() != (small_run / "metrics.jsonl").read_bytes()
+
+
+def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(small_run, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(small_run / "actor"), AutoTokenizer.from_pretrained(small_run / "actor")
+    actor = archer.Actor(model, tokenizer)
+    assert tokenizer.decode(actor.encode(["go north\n猫"])[0]) == "go north\n猫"
+    assert actor.log_probs(["Welcome. Hall: nothing\n"], spoken_ids(actor, ["go north"]))[0].shape[0] == 1
+    archer.main([*SMALL, "--warm-start-steps", "0", "--actor", str(small_run / "actor"), "--out", str(tmp_path)])
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_the_papers_kind_of_models_is_trained_from_folders(texts, tmp_path):
+    """GPT-2 and RoBERTa as saved by transformers, with dropout in their configurations and a pooler, loaded by name."""
+    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
+
+    actor, critic = archer.build(Config(), texts)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(actor.tokenizer), n_positions=128, n_embd=24, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    actor.tokenizer.save_pretrained(tmp_path / "gpt2")
+    RobertaModel(RobertaConfig(vocab_size=len(critic.tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+                               max_position_embeddings=130, pad_token_id=1)).save_pretrained(tmp_path / "roberta")
+    critic.tokenizer.save_pretrained(tmp_path / "roberta")
+    archer.main([*SMALL, "--actor", str(tmp_path / "gpt2"), "--critic", str(tmp_path / "roberta"), "--out", str(tmp_path / "run")])
+    assert AutoConfigOf(tmp_path / "run/actor").n_embd == 24
+    with pytest.raises(SystemExit):
+        archer.main([*SMALL, "--out", str(tmp_path / "run")])
+
+
+def AutoConfigOf(folder):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
+def test_a_game_with_nothing_but_reset_and_step_can_be_trained_on(small_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(GAMES, "silent", Silent)
+    archer.main([*SMALL, "--env", "silent", "--actor", str(small_run / "actor"), "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "summary.json").read_text())["optimum"] is None
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--env", "chess"], ["--actor", "no/such/folder"], ["--critic", "no/such/folder"], ["--gamma", "1.5"], ["--tau", "-1"],
+    ["--episodes", "0"], ["--critic-batch", "-3"], ["--centre", "left"], ["--samples", "1"], ["--demonstrations", "0"],
+    ["--out", "{run}"], ["--actor-lr", "nan"], ["--seed", "x"], ["--out", "{run}/summary.json"],
+])  # fmt: skip
+def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, small_run, capsys):
+    arguments = [a.format(run=small_run) for a in arguments]
+    out = [] if "--out" in arguments else ["--out", str(small_run / "never")]
+    with pytest.raises(SystemExit) as error:
+        archer.main([*SMALL, *out, *arguments])
+    assert error.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "archer" in message and "Traceback" not in message and len(message) < 250
+    assert not (small_run / "never").exists()
+
+
+def test_help_shows_every_setting_with_its_comment_and_every_setting_is_read(capsys):
+    with pytest.raises(SystemExit):
+        archer.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    source = open(archer.__file__).read()
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in shown
+        assert re.search(rf"\bc\.{field.name}\b", source), f"{field.name} is never read"
+    assert "1: no target network" in shown
+
+
+def test_a_short_run_learns(tmp_path):
+    """A quarter of the default run's work: far above its warm start, and above anything that chance or its teacher reach."""
+    torch.set_num_threads(2)
+    archer.main(["--iterations", "20", "--warmup-iterations", "9", "--evaluation-episodes", "200", "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["gap_closed"] > 0.3 and summary["end"] > 5.3
