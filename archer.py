@@ -26,6 +26,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -58,13 +59,13 @@ class Config:
     critic_batch: int = 256  # transitions in a critic step
     critic_lr: float = 1e-3  # a pretrained encoder wants 2e-5
     gamma: float = 0.97  # discount a turn; 0: only the next reward counts, 1: late is as good as soon
+    head_gain: float = 1.4  # initial weights of the critic's heads; torch's default is about 0.6, and learns far slower
     tau: float = 0.2  # soft update; 1: no target network, 0: the target never moves
 
     actor_steps: int = 4  # in an iteration; many: the actor leaves what the critic has seen
     actor_batch: int = 128  # states in an actor step
     samples: int = 4  # fresh utterances a state; the paper has 1
     centre: str = "state"  # subtract the mean advantage of: state, batch, or none (the paper)
-    scale: bool = False  # divide the advantages of a batch by their standard deviation; the paper does not
     actor_lr: float = 2e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
     clip: float = 1.0  # gradient norm, actor and critic apart
 
@@ -79,11 +80,11 @@ class Config:
 class Transition(NamedTuple):
     """One turn. `ids` are the tokens of the utterance as they were sampled, the end token included."""
 
-    s: str
-    a: str
+    s: str  # all that the agent may know, as text
+    a: str  # what it said
     ids: list
     r: float
-    s2: str
+    s2: str  # s'
     done: bool  # nothing follows s2. A time limit outside the task is not `done`: there the critic bootstraps.
 
 
@@ -91,9 +92,11 @@ class ReplayBuffer:
     """The last `capacity` transitions, in a ring. Sampling is uniform, with replacement, also once the ring is full."""
 
     def __init__(self, capacity, seed=0):
+        """capacity: transitions; seed: of the sampling."""
         self.capacity, self.ring, self.next, self.rng = capacity, [], 0, random.Random(seed)
 
     def add(self, transition):
+        """Takes the place of the oldest one, once the ring is full."""
         if len(self.ring) < self.capacity:
             self.ring.append(transition)
         else:
@@ -101,6 +104,7 @@ class ReplayBuffer:
         self.next = (self.next + 1) % self.capacity
 
     def sample(self, n):
+        """A list of n transitions."""
         return self.rng.choices(self.ring, k=n)
 
 
@@ -111,11 +115,11 @@ def by_length(texts, size):
 
 
 def pad(rows, fill, device, left=False):
-    """Lists of ids -> ids and mask, [B, T]."""
+    """Lists of ids -> ids and mask, [B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
     width = max(map(len, rows))
-    gaps = [width - len(row) for row in rows]
-    ids = [[fill] * gap + row if left else row + [fill] * gap for row, gap in zip(rows, gaps)]
-    mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps)]
+    side = (lambda row, gap: gap + row) if left else (lambda row, gap: row + gap)
+    ids = [side(row, [fill] * (width - len(row))) for row in rows]
+    mask = [side([1] * len(row), [0] * (width - len(row))) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
@@ -140,14 +144,11 @@ class Actor(nn.Module):
         (self.end,) = tokenizer.encode("\n", add_special_tokens=False)
         self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
         self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        self.utterances = 0  # spoken so far, in games and outside
 
     def encode(self, texts):
         """Token ids, a list a text. What is too long loses its beginning."""
         return [self.tokens_of(text)[-self.room :] or [self.end] for text in texts]
-
-    def left_pad(self, rows):
-        """On the left: after right padding a short row would speak its first word behind a gap."""
-        return pad(rows, self.end, self.model.device, left=True)
 
     @torch.no_grad()
     def act(self, states, greedy=False):
@@ -156,8 +157,9 @@ class Actor(nn.Module):
         Returns the texts, without the newline, and the sampled token ids, with it. Each distinct state is read once; a
         row that has ended leaves the batch.
         """
+        self.utterances += len(states)
         distinct = list(dict.fromkeys(states))
-        ids, mask = self.left_pad(self.encode(distinct))
+        ids, mask = pad(self.encode(distinct), self.end, self.model.device, left=True)
         row_of = {state: i for i, state in enumerate(distinct)}
         rows, cache = torch.tensor([row_of[state] for state in states], device=ids.device), None
         said, talking = [[] for _ in states], range(len(states))
@@ -194,7 +196,7 @@ class Actor(nn.Module):
         sequences, longest = [s + a for s, a in zip(self.encode(states), token_ids)], max(map(len, token_ids))
         chunks, parts = by_length(sequences, size), []
         for rows in chunks:
-            ids, mask = self.left_pad([sequences[i] for i in rows])
+            ids, mask = pad([sequences[i] for i in rows], self.end, self.model.device, left=True)
             L = min(longest, ids.shape[1] - 1)
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1).logits
             log_p = torch.log_softmax(logits[:, :-1].float(), -1)  # the logits at i-1 predict token i
@@ -209,26 +211,27 @@ class Actor(nn.Module):
 class DoubleCritic(nn.Module):
     """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled."""
 
-    def __init__(self, encoder, tokenizer):
+    def __init__(self, encoder, tokenizer, gain=1.4):
         super().__init__()
         self.encoder, self.tokenizer = encoder.eval(), tokenizer
         h, room = encoder.config.hidden_size, min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
-        self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, truncation=True, max_length=room))
-        self.q_heads = nn.ModuleList([self.head(2 * h, h), self.head(2 * h, h)])
-        self.v_heads = nn.ModuleList([self.head(h, h), self.head(h, h)])
+        self.tokens_of = functools.lru_cache(2**16)(
+            lambda text: tokenizer.encode(text, truncation=True, max_length=room) or [tokenizer.pad_token_id])
+        self.q_heads = nn.ModuleList([self.head(2 * h, h, gain) for _ in range(2)])
+        self.v_heads = nn.ModuleList([self.head(h, h, gain) for _ in range(2)])
 
     @staticmethod
-    def head(width, h):
-        """width-h-h-1 with ReLU. Wide initial weights: a head must learn which utterance suits which state, and with
-        torch's default, small ones it takes that for a sum of a state part and an utterance part for a long time."""
+    def head(width, h, gain):
+        """width-h-h-1 with ReLU. Easy to overlook: with small initial weights a head is nearly linear, so that it takes Q for
+        a state's part plus an utterance's part for a long time, and does not learn which utterance suits which state."""
         layers = [nn.Linear(width, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
         for layer in layers[::2]:
-            nn.init.orthogonal_(layer.weight, 2**0.5)
+            nn.init.orthogonal_(layer.weight, gain)
         return nn.Sequential(*layers)
 
     def embed(self, texts, size=64):
         """[B, H]: the mean over a text's tokens. Each distinct text is encoded once; observations repeat a lot."""
-        distinct, pooled = sorted(set(texts), key=len), []
+        distinct, pooled = sorted(dict.fromkeys(texts), key=len), []
         for i in range(0, len(distinct), size):
             rows = [self.tokens_of(text) for text in distinct[i : i + size]]
             ids, mask = pad(rows, self.tokenizer.pad_token_id, self.encoder.device)
@@ -275,13 +278,14 @@ def advantage(q, v):
     return q.min(0).values - v.min(0).values
 
 
-def centred(A, samples, centre, scale):
-    """The advantages [states * samples] less a mean that depends on no single utterance's tokens; not in the paper."""
+def centred(A, samples, centre):
+    """The advantages [states * samples] less their mean over the utterances of one state, over the batch, or as they are.
+
+    The mean over pi of Q - V is zero only if V is exact. An error in V would push all that is said in a state up or down.
+    """
     if centre == "state":
-        A = (A.view(-1, samples) - A.view(-1, samples).mean(1, keepdim=True)).flatten()
-    if centre == "batch":
-        A = A - A.mean()
-    return A / (A.std() + 1e-3) if scale else A
+        return (A.view(-1, samples) - A.view(-1, samples).mean(1, keepdim=True)).flatten()
+    return A - A.mean() if centre == "batch" else A
 
 
 def actor_loss(log_p, spoken, A):
@@ -319,7 +323,7 @@ def policy_gradient(actor, critic, states, c):
         e_s = critic.embed(s)
         A = advantage(critic.q(e_s, critic.embed(a)), critic.v(e_s))
     log_p, spoken = actor.log_probs(s, token_ids)
-    return actor_loss(log_p, spoken, centred(A, c.samples, c.centre, c.scale)), A
+    return actor_loss(log_p, spoken, centred(A, c.samples, c.centre)), A
 
 
 def rollout(game, actor, episodes, rng, greedy=False):
@@ -340,7 +344,7 @@ def rollout(game, actor, episodes, rng, greedy=False):
 
 
 def warm_start(actor, transitions, c):
-    """Supervised fine-tuning on demonstrations, where the paper's actors come from too. Returns the last loss a token."""
+    """Supervised fine-tuning on demonstrations, where the paper's actors come from too."""
     rng, optimizer = random.Random(c.seed), torch.optim.Adam(actor.parameters())
     for step in tqdm(range(c.warm_start_steps), "warm start"):
         optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
@@ -348,7 +352,6 @@ def warm_start(actor, transitions, c):
         log_p, spoken = actor.log_probs([t.s for t in batch], [t.ids for t in batch])
         loss = -(log_p * spoken).sum() / spoken.sum()
         descend(loss, actor, optimizer, c.clip)
-    return loss.item()
 
 
 def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
@@ -368,34 +371,16 @@ def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
         fresh, _ = actor.act_many([t.s for batch in batches for t in batch])
         losses = []
         for k, batch in enumerate(batches):  # (Alg. 1, line 8)
-            losses.append(critic_loss(critic, target, batch, fresh[k * c.critic_batch : (k + 1) * c.critic_batch], c.gamma))
-            descend(sum(losses[-1]), critic, critic_optimizer, c.clip)  # (Alg. 1, lines 9-10) Q and V share an encoder: one step
+            loss_q, loss_v = critic_loss(critic, target, batch, fresh[k * c.critic_batch : (k + 1) * c.critic_batch], c.gamma)
+            descend(loss_q + loss_v, critic, critic_optimizer, c.clip)  # (Alg. 1, lines 9-10), at once: they share an encoder
             soft_update(target, critic, c.tau)  # (Alg. 1, lines 12-15)
+            losses.append((loss_q.item(), loss_v.item()))
         advantages = []
         for _ in range(c.actor_steps if iteration >= c.warmup_iterations else 0):  # (Alg. 1, line 20)
             loss, A = policy_gradient(actor, critic, [t.s for t in buffer.sample(c.actor_batch)], c)
             descend(loss, actor, actor_optimizer, c.clip)  # (Alg. 1, line 22)
             advantages.append(A)
         report(metrics_of(iteration, episodes, losses, advantages, critic, c.gamma))
-
-
-def metrics_of(iteration, episodes, losses, advantages, critic, gamma):
-    """A line of metrics.jsonl. An honest critic's `value` of the first states is the `discounted_return` earned from them."""
-    mean = lambda numbers: sum(numbers) / max(len(numbers), 1)
-    with torch.no_grad():
-        value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
-    A = torch.cat(advantages) if advantages else torch.zeros(2)
-    return {
-        "iteration": iteration + 1,
-        "return": mean([sum(t.r for t in e) for e in episodes]),
-        "turns": mean([len(e) for e in episodes]),
-        "discounted_return": mean([sum(t.r * gamma**k for k, t in enumerate(e)) for e in episodes]),
-        "value": value,
-        "q_loss": mean([q.item() for q, _ in losses]),
-        "v_loss": mean([v.item() for _, v in losses]),
-        "advantage_mean": A.mean().item(),
-        "advantage_std": A.std().item(),
-    }
 
 
 # ======================================================================================================================
@@ -415,23 +400,21 @@ def check(c):
         fail(f"there is no game {c.env!r}; choose from {', '.join(GAMES)}")
     may_be_zero = {"seed", "demonstrations", "warm_start_steps", "warmup_iterations", "actor_steps", "tau", "gamma"}
     for field in dataclasses.fields(c):
-        value, option = getattr(c, field.name), "--" + field.name.replace("_", "-")
+        value, least = getattr(c, field.name), "0 or more" if field.name in may_be_zero else "more than 0"
         if field.type in (int, float) and not (value > 0 or (value == 0 and field.name in may_be_zero)):
-            fail(f"{option} must be {'0 or more' if field.name in may_be_zero else 'more than 0'}, not {value}")
+            fail(f"--{field.name.replace('_', '-')} must be {least}, not {value}")
     if c.gamma > 1 or c.tau > 1:
         fail("--gamma and --tau must lie between 0 and 1")
-    if c.centre not in ("state", "batch", "none"):
-        fail(f"--centre must be state, batch or none, not {c.centre!r}")
-    if c.centre == "state" and c.samples < 2:
-        fail("--centre state compares the utterances of one state: give --samples 2 or more, or --centre batch or none")
+    if c.centre not in ("state", "batch", "none") or (c.centre == "state" and c.samples < 2):
+        fail("--centre must be batch, none or, with --samples 2 or more, state")
     if not c.actor and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
-        fail("a tiny actor from scratch learns to speak from demonstrations; ask for some, or name a model with --actor")
+        fail("a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
     if c.out and pathlib.Path(c.out, "summary.json").exists():
         fail(f"--out {c.out} holds an earlier run; name another folder")
 
 
 def make_folder(c):
-    """The folder to write into; one that does not exist yet if none was named."""
+    """The folder to write into: the one that was named, or a new one under runs/."""
     numbered = (pathlib.Path("runs", f"{c.env}-seed{c.seed}-{k}") for k in range(1, 10**6))
     folder = pathlib.Path(c.out) if c.out else next(f for f in numbered if not f.exists())
     try:
@@ -441,20 +424,18 @@ def make_folder(c):
     return folder
 
 
-def tiny_tokenizer(texts, special_tokens, template=None):
-    """Byte-level BPE trained on the game's own text: any string can be written, the game's words are one token each."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def tiny_tokenizer(texts):
+    """Byte-level BPE trained on the game's own text: the game's words are one token each, and any string can be written."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(r"\n| ?\S+|\s"), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
-    names = list(special_tokens.values())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, special_tokens=names, show_progress=False))
-    if template:
-        bpe.post_processor = processors.TemplateProcessing(single=template, special_tokens=[(t, i) for i, t in enumerate(names)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=256, truncation_side="left", **special_tokens)
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe, end = Tokenizer(models.BPE()), "<|endoftext|>"
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, to_bytes]), decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=512, initial_alphabet=to_bytes.alphabet(), special_tokens=[end], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, model_max_length=256, truncation_side="left")
 
 
 def load(model_class, name):
@@ -473,28 +454,36 @@ def build(c, texts):
     from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    tokenizer = critic_tokenizer = tiny_tokenizer(texts)
     if c.actor:
         model, tokenizer = load(AutoModelForCausalLM, c.actor)
         if len(tokenizer.encode("\n", add_special_tokens=False)) != 1:
             fail(f"the tokenizer of {c.actor!r} has no token for a newline, which ends an utterance here")
     else:
-        tokenizer = tiny_tokenizer(texts, {"eos_token": "<|endoftext|>"})
         model = GPT2LMHeadModel(GPT2Config(
             vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=4, activation_function="relu",
             initializer_range=0.2, bos_token_id=0, eos_token_id=0))
     if c.critic:
         encoder, critic_tokenizer = load(AutoModel, c.critic)
     else:
-        critic_tokenizer = tiny_tokenizer(texts, {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"}, "<s> $A </s>")
         encoder = RobertaModel(RobertaConfig(
-            vocab_size=len(critic_tokenizer), max_position_embeddings=258, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
-            intermediate_size=256, hidden_act="relu", initializer_range=0.2, bos_token_id=0, pad_token_id=1, eos_token_id=2))
-    return Actor(model, tokenizer, c.utterance_tokens).to(device), DoubleCritic(encoder, critic_tokenizer).to(device)
+            vocab_size=len(critic_tokenizer), max_position_embeddings=258, hidden_size=64, num_hidden_layers=1,
+            num_attention_heads=4, intermediate_size=256, hidden_act="relu", initializer_range=0.2, pad_token_id=0))
+    return Actor(model, tokenizer, c.utterance_tokens).to(device), DoubleCritic(encoder, critic_tokenizer, c.head_gain).to(device)
 
 
-def evaluate(game, actor, episodes, seed, greedy=False):
-    """Mean return over fresh episodes, sampled or greedy."""
-    return sum(t.r for e in rollout(game, actor, episodes, random.Random(seed), greedy) for t in e) / episodes
+def mean_return(episodes):
+    return sum(t.r for episode in episodes for t in episode) / len(episodes)
+
+
+def metrics_of(iteration, episodes, losses, advantages, critic, gamma):
+    """A line of metrics.jsonl. An honest critic's `value` of the first states is the `discounted_return` earned from them."""
+    with torch.no_grad():
+        value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
+    discounted = sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
+    (q_loss, v_loss), A = torch.tensor(losses).mean(0).tolist(), torch.cat([torch.zeros(2), *advantages])
+    numbers = {"iteration": iteration + 1, "return": mean_return(episodes), "turns": sum(map(len, episodes)) / len(episodes)}
+    return numbers | {"discounted_return": discounted, "value": value, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std().item()}
 
 
 def dialogue(title, episode, actor, critic):
@@ -504,91 +493,82 @@ def dialogue(title, episode, actor, critic):
         e_s = critic.embed(s)
         q, v = critic.q(e_s, critic.embed(a)), critic.v(e_s)
         log_p, spoken = actor.log_probs(s, token_ids)
-    numbers = zip(q.min(0).values.tolist(), v.min(0).values.tolist(), advantage(q, v).tolist(), (log_p * spoken).sum(1).tolist())
+    numbers = torch.stack([q.min(0).values, v.min(0).values, advantage(q, v), (log_p * spoken).sum(1)], 1).tolist()
     lines = [f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n")]
     for t, (q, v, A, log_p) in zip(episode, numbers):
-        answer = t.s2.removeprefix(t.s).strip()
-        lines.append(f"> {t.a:<24} r {t.r:5.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}\n{answer}")
+        lines.append(f"> {t.a:<24} r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}")
+        lines.append((t.s2.removeprefix(t.s) or t.s2).rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 
-def plot_curve(metrics, summary, episodes, path):
+def plot_curve(metrics, summary, c, path):
     """Left: return against episodes, between random play and the exact optimum. Right: what the critic expects at the
     start of an episode against what the actor then earns."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    x = [m["iteration"] * episodes for m in metrics]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    x, figure = [m["iteration"] * c.episodes for m in metrics], Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(x, [m["return"] for m in metrics], color="#0072B2", label="ArCHer, sampled play")
     for name, style in (("optimum", "--"), ("start", "-."), ("random", ":")):
         if summary[name] is not None:
-            left.axhline(summary[name], color="black", linestyle=style, linewidth=1, label=name)
-    left.set(xlabel="episodes played", ylabel="return of an episode", title=f"{summary['game']}, seed {summary['seed']}")
+            left.axhline(summary[name], color="black", linestyle=style, linewidth=1, label=f"{name} {summary[name]:.2f}")
     right.plot(x, [m["value"] for m in metrics], color="#D55E00", linestyle="--", label="expected: V of the first state")
     right.plot(x, [m["discounted_return"] for m in metrics], color="#0072B2", label="earned: discounted return")
-    right.set(xlabel="episodes played", ylabel="discounted return", title="is the critic honest?")
-    for axes in (left, right):
+    for axes, title in ((left, f"{c.env}, seed {c.seed}"), (right, "what the critic expects, what the actor earns")):
+        axes.axvspan(0, c.warmup_iterations * c.episodes, color="0.92", label="critic only")
+        axes.set(xlabel="episodes played", ylabel="discounted return" if axes is right else "return of an episode", title=title)
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+
+def table(summary):
+    """The returns of the summary, from chance to the optimum."""
+    rows = {"random": "random play, exact", "start": "after the warm start, sampled", "end": "after ArCHer, sampled",
+            "greedy": "after ArCHer, greedy", "optimum": "optimum, exact", "gap_closed": "gap closed, start to optimum"}
+    lines = [f"{text:<32}{summary[name]:8.3f}" for name, text in rows.items() if summary[name] is not None]
+    return "\n".join(lines) + "\n{episodes} episodes, {utterances} utterances, {seconds:.0f} seconds on {device}".format(**summary)
 
 
 def run(c):
     """Warm start, train, evaluate, write everything into a folder. Returns the summary."""
     check(c)
-    folder, began, game = make_folder(c), time.time(), GAMES[c.env]
-    random.seed(c.seed), torch.manual_seed(c.seed)
+    began, game, metrics = time.time(), GAMES[c.env], []
+    torch.manual_seed(c.seed)
     exact = lambda name: getattr(game, name)() if hasattr(game, name) else None
     played = game.demonstrations(c.demonstrations, c.seed) if c.demonstrations and hasattr(game, "demonstrations") else []
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
+    folder = make_folder(c)
     demonstrations = [Transition(s, a, [*actor.encode([a])[0], actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
     if demonstrations:
         warm_start(actor, demonstrations, c)
-    before = rollout(game, actor, c.evaluation_episodes, random.Random(c.seed + 10**6))
-    metrics = []
+    test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
+    before, utterances = test(1), -actor.utterances
 
     def report(line):
         metrics.append(line)
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
     train(game, actor, critic, demonstrations, c, report)
-    after = rollout(game, actor, c.evaluation_episodes, random.Random(c.seed + 2 * 10**6))
-    mean_return = lambda episodes: sum(t.r for e in episodes for t in e) / len(episodes)
-    summary = {"game": c.env, "seed": c.seed, "random": exact("random_return"), "start": mean_return(before), "end": mean_return(after),
-               "greedy": evaluate(game, actor, c.evaluation_episodes, c.seed + 3 * 10**6, greedy=True), "optimum": exact("optimal_return")}
-    gap = None if summary["optimum"] is None else (summary["end"] - summary["start"]) / (summary["optimum"] - summary["start"])
-    utterances = sum(m["turns"] for m in metrics) * c.episodes + c.iterations * c.critic_steps * c.critic_batch
-    utterances += max(c.iterations - c.warmup_iterations, 0) * c.actor_steps * c.actor_batch * c.samples
-    summary |= {"gap_closed": gap, "seconds": time.time() - began, "episodes": c.iterations * c.episodes, "utterances": round(utterances)}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=2) + "\n")
-    text = dialogue("Before training", before[0], actor, critic) + "\n" + dialogue("After training", after[0], actor, critic)
+    utterances, after = utterances + actor.utterances, test(2)
+    start, end, greedy, optimum = mean_return(before), mean_return(after), mean_return(test(3, greedy=True)), exact("optimal_return")
+    summary = {
+        "game": c.env, "seed": c.seed, "random": exact("random_return"), "start": start, "end": end, "greedy": greedy,
+        "optimum": optimum, "gap_closed": None if optimum is None else (end - start) / (optimum - start),
+        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device)}
+    text = "\n".join(dialogue(title, e[0], actor, critic) for title, e in (("Before training", before), ("After training", after)))
     (folder / "dialogues.txt").write_text(text)
-    plot_curve(metrics, summary, c.episodes, folder / "curve.png")
+    plot_curve(metrics, summary, c, folder / "curve.png")
     actor.model.save_pretrained(folder / "actor")
     actor.tokenizer.save_pretrained(folder / "actor")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+    summary["seconds"] = time.time() - began
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{text}\n{table(summary)}\nfigure: {folder}/curve.png   model: {folder}/actor   everything: {folder}/")
     return summary
-
-
-def table(summary):
-    """The returns of the summary, worst player first."""
-    rows = {"random": "random play, exact", "start": "after the warm start, sampled", "end": "after ArCHer, sampled",
-            "greedy": "after ArCHer, greedy", "optimum": "optimum, exact"}
-    lines = [f"{text:<32}{summary[name]:8.2f}" for name, text in rows.items() if summary[name] is not None]
-    if summary["gap_closed"] is not None:
-        lines.append(f"{'gap from start to optimum closed':<32}{summary['gap_closed']:8.0%}")
-    return "\n".join(lines) + f"\n{summary['episodes']} episodes, {summary['utterances']} utterances, {summary['seconds']:.0f} seconds"
 
 
 def main(arguments=None):
     """The command line: one option a setting, its help the setting's comment."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("archer.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=comments[field.name], **kind)

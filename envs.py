@@ -13,7 +13,7 @@ import random
 
 
 class TextGame:
-    """One hidden thing, fixed rules, `limit` turns. Subclasses fill in the five class attributes and three methods.
+    """One hidden thing, fixed rules, `limit` turns. Subclasses fill in the attributes, `rules` and `observe`.
 
     Any string is a legal utterance: what the rules do not know costs a turn and gets an answer.
     """
@@ -23,7 +23,6 @@ class TextGame:
     start = ()  # the public position at the start, hashable
     limit: int  # turns in an episode
     limit_is_part_of_task: bool  # see `step`
-    teacher: float  # see `demonstrations`
 
     def rules(self, position, hidden, utterance):
         """(position, hidden, utterance) -> (position, reply, reward, over). Pure: the same input gives the same output."""
@@ -60,22 +59,22 @@ class TextGame:
 
     @classmethod
     def demonstrations(cls, episodes, seed=0):
-        """Seeded sub-optimal play: a list of episodes, each a list of (s, a, r, s', done).
-
-        The player makes the best move with a probability that is drawn anew for every episode, between 0 and `teacher`, and
-        says any of `utterances` otherwise.
-        """
+        """Seeded sub-optimal play: a list of episodes, each a list of (s, a, r, s', done)."""
         rng, played = random.Random(seed), []
         for _ in range(episodes):
-            game, episode, ended, skill = cls(), [], False, rng.uniform(0, cls.teacher)
+            game, episode, ended, skill = cls(), [], False, rng.uniform(0, 0.48)
             s, _ = game.reset(seed=rng.randrange(2**31))
             while not ended:
-                a = game.best_utterance() if rng.random() < skill else rng.choice(cls.utterances)
+                a = game.demonstrate(rng, skill)
                 s2, r, done, truncated, _ = game.step(a)
                 episode.append((s, a, r, s2, done))
                 s, ended = s2, done or truncated
             played.append(episode)
         return played
+
+    def demonstrate(self, rng, skill):
+        """What the sub-optimal player says: the best with a probability of `skill`, drawn anew for every episode, or anything."""
+        return self.best_utterance() if rng.random() < skill else rng.choice(self.utterances)
 
     @classmethod
     @functools.cache
@@ -126,7 +125,7 @@ class TwentyQuestions(TextGame):
     """Which of twelve things is it? Ask ("alive?") or guess ("dog?"); the answer is yes, no or, to nonsense, what?
 
     Reward -1 a turn, 0 on the winning turn; after turn 20 the game is lost. The observation is the whole dialogue so far.
-    Optimum -3.17, in 4.17 turns on average; random play -11.24; demonstrations about -8.3.
+    Optimum -3.17, in 4.17 turns on average; random play -11.24; demonstrations about -8.9.
     The paper's game has 157 words (10 in its subset) and an oracle that is itself a language model.
     """
 
@@ -138,11 +137,10 @@ class TwentyQuestions(TextGame):
         "at home?": "dog rose piano spoon book kite",
     }
     hidden_things = ("dog", "cow", "eagle", "shark", "rose", "oak", "car", "boat", "piano", "spoon", "book", "kite")
-    utterances = tuple(facts) + tuple(f"{h}?" for h in hidden_things)
+    utterances = tuple(facts) + tuple(f"{thing}?" for thing in hidden_things)
     limit = 20
     limit_is_part_of_task = True
-    teacher = 0.4
-    yes = {(q, h) for q, names in facts.items() for h in names.split()}
+    yes = {(question, thing) for question, things in facts.items() for thing in things.split()}
 
     def rules(self, position, hidden, utterance):
         if utterance == f"{hidden}?":
@@ -153,6 +151,16 @@ class TwentyQuestions(TextGame):
 
     def observe(self):
         return "Questions:\n" + "".join(f"{u} {reply}\n" for u, reply in self.history)
+
+    def demonstrate(self, rng, skill):
+        """Goes down its list of things from a random place, asks now and then, and pays no attention to the answers."""
+        if rng.random() < 0.15:
+            return rng.choice(self.utterances)
+        if rng.random() < 0.2:
+            return rng.choice(tuple(self.facts))
+        guesses = [u[:-1] for u, _ in self.history if u[:-1] in self.hidden_things]
+        k = self.hidden_things.index(guesses[-1]) + 1 if guesses else rng.randrange(len(self.hidden_things))
+        return self.hidden_things[k % len(self.hidden_things)] + "?"
 
 
 class Detective(TextGame):
@@ -179,7 +187,6 @@ class Detective(TextGame):
     start = ("hall", False, "")  # room, has the key, name on the note
     limit = 30
     limit_is_part_of_task = False
-    teacher = 0.48
 
     def rules(self, position, hidden, utterance):
         room, key, name = position
