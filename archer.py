@@ -3,13 +3,15 @@
 Two learners run at once. A critic learns off-policy, from a replay buffer, what a whole utterance is worth (Eqs. 1, 2).
 The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward (Eq. 3).
 
-    python archer.py                                  the detective game, a tiny GPT-2, two CPU cores: about two minutes
-    python archer.py --env twenty_questions           another game
-    python archer.py --actor gpt2 --critic roberta-base --actor-lr 1e-5 --critic-lr 2e-5    the paper's models, on a GPU
-    python archer.py --help                           every setting
+    python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: about a minute
+    python archer.py --env twenty_questions   another game
+    python archer.py --help                   every setting; --actor gpt2 --critic roberta-base are the paper's models
 
 First half: the algorithm, in the paper's order; `train` is its Algorithm 1. Second half: the workshop (models, evaluation,
-files, command line). Left out here: the offline variants (Eqs. 6, 7), the token-level baseline (Eqs. 4, 5), and WebShop.
+files, command line). Left out: the token-level baseline (Eqs. 4, 5), the offline variants (Eqs. 6, 7), LoRA, several GPUs.
+
+Letters inside a function are the paper's: s a state, a an utterance, r a reward, s2 the next state, A an advantage; B is the
+batch, T and L count tokens, H is the encoder's width. Two rows, [2, B], are the two members of a double critic.
 """
 
 import argparse
@@ -161,6 +163,7 @@ class Actor(nn.Module):
         distinct = list(dict.fromkeys(states))
         ids, mask = pad(self.encode(distinct), self.end, self.model.device, left=True)
         row_of = {state: i for i, state in enumerate(distinct)}
+        # The first round of the loop has a row a distinct state; the later ones have a row an utterance that goes on.
         rows, cache = torch.tensor([row_of[state] for state in states], device=ids.device), None
         said, talking = [[] for _ in states], range(len(states))
         for _ in range(self.utterance_tokens):
@@ -174,6 +177,7 @@ class Actor(nn.Module):
             talking = [i for i, yes in zip(talking, goes_on.tolist()) if yes]
             if not talking:
                 break
+            # The cache keeps the rows that go on, copied where several utterances start from one state.
             cache, rows, ids = out.past_key_values, rows[goes_on], token[goes_on, None]
             cache.batch_select_indices(rows)
             mask = torch.cat([mask[rows], torch.ones_like(ids)], 1)
@@ -306,6 +310,7 @@ def descend(loss, network, optimizer, clip):
 
 def critic_loss(critic, target, batch, fresh, gamma):
     """Eqs. 1 and 2 on a list of transitions and one fresh utterance for each of their states."""
+    # Each head of the double critic learns from its own target; the minimum of the two is for the actor only.
     s, a, _, r, s2, done = zip(*batch)
     e_s, e_a = critic.embed(s), critic.embed(a)
     r, done = torch.tensor([r, done], dtype=torch.float32, device=e_s.device)
@@ -327,7 +332,10 @@ def policy_gradient(actor, critic, states, c):
 
 
 def rollout(game, actor, episodes, rng, greedy=False):
-    """Plays `episodes` games side by side. Returns a list of episodes, each a list of transitions."""
+    """Plays `episodes` games side by side. Returns a list of episodes, each a list of transitions.
+
+    A turn limit reported as `truncated` ends the episode but is not `done`: what would have followed still has a value.
+    """
     games = [game() for _ in range(episodes)]
     states = [g.reset(seed=rng.randrange(2**31))[0] for g in games]
     played, playing = [[] for _ in games], range(episodes)
@@ -355,7 +363,10 @@ def warm_start(actor, transitions, c):
 
 
 def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
-    """Algorithm 1, online. `report` is called once an iteration with a dict of plain numbers."""
+    """Algorithm 1, online; changes actor and critic in place.
+
+    game: class with `reset` and `step`. demonstrations: transitions. report: called once an iteration with a dict of numbers.
+    """
     target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
     actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr)
@@ -375,6 +386,7 @@ def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
             descend(loss_q + loss_v, critic, critic_optimizer, c.clip)  # (Alg. 1, lines 9-10), at once: they share an encoder
             soft_update(target, critic, c.tau)  # (Alg. 1, lines 12-15)
             losses.append((loss_q.item(), loss_v.item()))
+        # Lines 16-19, the optional token-level baseline, are left out.
         advantages = []
         for _ in range(c.actor_steps if iteration >= c.warmup_iterations else 0):  # (Alg. 1, line 20)
             loss, A = policy_gradient(actor, critic, [t.s for t in buffer.sample(c.actor_batch)], c)
