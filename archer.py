@@ -45,13 +45,13 @@ class Config:
     critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
     out: str = ""  # folder to write into; empty: a new one under runs/
 
-    demonstrations: int = 500  # episodes of sub-optimal play for the warm start; 0: none, the actor must already speak
-    warm_start_steps: int = 300  # few: it babbles; many: it copies its teacher's mistakes to the letter
-    warm_start_lr: float = 2e-3  # falls to zero over the warm start
+    demonstrations: int = 1000  # episodes of sub-optimal play for the warm start; 0: none, the actor must already speak
+    warm_start_steps: int = 600  # few: it babbles; many: it copies its teacher's mistakes to the letter
+    warm_start_lr: float = 4e-3  # falls to zero over the warm start
     warm_start_batch: int = 128  # transitions in a step of the warm start
 
     iterations: int = 40  # rounds of play, critic steps and actor steps
-    warmup_iterations: int = 12  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
+    warmup_iterations: int = 10  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
     episodes: int = 32  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
     utterance_tokens: int = 8  # an utterance is cut here if no newline ends it
     capacity: int = 20_000  # transitions the buffer holds; small: near on-policy, large: slow to forget

@@ -62,7 +62,7 @@ class TextGame:
         """Seeded sub-optimal play: a list of episodes, each a list of (s, a, r, s', done)."""
         rng, played = random.Random(seed), []
         for _ in range(episodes):
-            game, episode, ended, skill = cls(), [], False, rng.uniform(0, 0.6)
+            game, episode, ended, skill = cls(), [], False, rng.uniform(0, 0.57)
             s, _ = game.reset(seed=rng.randrange(2**31))
             while not ended:
                 a = game.demonstrate(rng, skill)

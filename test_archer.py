@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -469,6 +470,70 @@ def test_a_short_run_learns(tmp_path):
     archer.main(["--iterations", "20", "--warmup-iterations", "9", "--evaluation-episodes", "200", "--out", str(tmp_path)])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["gap_closed"] > 0.3 and summary["end"] > 5.3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The critic against the exact advantage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def exact_values(actor, gamma):
+    """{observation: (V, {utterance: Q})} of the actor's own policy in Detective, exactly: every observation is visited, the
+    actor's probability of every utterance is computed, what is left over counts as nonsense, and the linear equations of V
+    are solved. Independent of the critic, the buffer and the losses."""
+    game, said = Detective(), [*Detective.utterances, "nonsense"]
+
+    def observe(position, reply):
+        game.position, game.history = position, [("", reply)] if reply else []
+        return game.observe()
+
+    places, steps = [(game.start, "")], []
+    for place in places:  # grows while it is read
+        for u in said:
+            culprits = [place[0][2]] if place[0][2] else list(game.hidden_things)
+            for culprit in culprits:
+                position, reply, r, over = game.rules(place[0], culprit, u)
+                if not over and (position, reply) not in places:
+                    places.append((position, reply))
+                steps.append((place, u, 1 / len(culprits), r, None if over else (position, reply)))
+    P, R, T = np.zeros((len(places), len(said))), np.zeros((len(places), len(said))), np.zeros((len(places), len(said), len(places)))
+    ids = spoken_ids(actor, game.utterances)
+    for k, place in enumerate(places):
+        with torch.no_grad():
+            log_p, spoken = actor.log_probs([observe(*place)] * len(ids), ids)
+        P[k, :-1] = (log_p * spoken).sum(1).exp().double()
+    P[:, -1] = np.clip(1 - P.sum(1), 0, 1)
+    P /= P.sum(1, keepdims=True)
+    for place, u, p, r, then in steps:
+        k, j = places.index(place), said.index(u)
+        R[k, j] += p * r
+        if then:
+            T[k, j, places.index(then)] += p
+    V = np.linalg.solve(np.eye(len(places)) - gamma * np.einsum("ku,kul->kl", P, T), (P * R).sum(1))
+    Q = R + gamma * T @ V
+    return {observe(*place): (V[k], collections.defaultdict(lambda k=k: Q[k, -1], zip(said, Q[k]))) for k, place in enumerate(places)}
+
+
+def test_exact_advantage_is_what_the_critic_learns():
+    """On the actor's own fresh utterances, not the buffer's, which it has seen."""
+    torch.manual_seed(0)
+    c = Config(warm_start_steps=150)
+    played = Detective.demonstrations(c.demonstrations, seed=5)
+    actor, critic = archer.build(c, [s + a + "\n" + s2 for e in played for s, a, _, s2, _ in e])
+    transitions = [Transition(s, a, [*actor.encode([a])[0], actor.end], r, s2, d) for e in played for s, a, r, s2, d in e]
+    archer.warm_start(actor, transitions, c)
+    frozen = dataclasses.replace(c, iterations=6, warmup_iterations=6, episodes=8)
+    archer.train(Detective, actor, critic, transitions, frozen)
+    exact = exact_values(actor, c.gamma)
+    states = [t.s for t in random.Random(0).sample(transitions, 600)]
+    said, _ = actor.act(states)
+    with torch.no_grad():
+        e_s = critic.embed(states)
+        q, v = critic.q(e_s, critic.embed(said)), critic.v(e_s)
+    correlation = lambda x, y: np.corrcoef(x.numpy(), np.array(y))[0, 1]
+    values, advantages = [exact[s][0] for s in states], [exact[s][1][a] - exact[s][0] for s, a in zip(states, said)]
+    assert correlation(v.mean(0), values) > 0.9
+    assert correlation(archer.advantage(q, v), advantages) > 0.8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
