@@ -66,8 +66,6 @@ class Config:
 
     actor_steps: int = 4  # in an iteration; many: the actor leaves what the critic has seen
     actor_batch: int = 128  # states in an actor step
-    samples: int = 4  # fresh utterances a state; the paper has 1
-    centre: str = "state"  # subtract the mean advantage of: state, batch, or none (the paper)
     actor_lr: float = 2e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
     clip: float = 1.0  # gradient norm, actor and critic apart
 
@@ -282,16 +280,6 @@ def advantage(q, v):
     return q.min(0).values - v.min(0).values
 
 
-def centred(A, samples, centre):
-    """The advantages [states * samples] less their mean over the utterances of one state, over the batch, or as they are.
-
-    The mean over pi of Q - V is zero only if V is exact. An error in V would push all that is said in a state up or down.
-    """
-    if centre == "state":
-        return (A.view(-1, samples) - A.view(-1, samples).mean(1, keepdim=True)).flatten()
-    return A - A.mean() if centre == "batch" else A
-
-
 def actor_loss(log_p, spoken, A):
     """One scalar, the utterance's advantage, times the SUM of its tokens' log-probabilities; negated to descend (Eq. 3).
 
@@ -320,15 +308,14 @@ def critic_loss(critic, target, batch, fresh, gamma):
     return q_loss(critic.q(e_s, e_a), r, done, next_v, gamma), v_loss(critic.v(e_s), fresh_q)
 
 
-def policy_gradient(actor, critic, states, c):
-    """Eq. 3 at `states`: new utterances, judged by the critic; the logged ones play no part. Returns (loss, advantages)."""
-    s = [s for s in states for _ in range(c.samples)]
+def policy_gradient(actor, critic, s):
+    """Eq. 3 at the states s: new utterances, judged by the critic; the logged ones play no part. Returns (loss, advantages)."""
     a, token_ids = actor.act(s)
     with torch.no_grad():
         e_s = critic.embed(s)
         A = advantage(critic.q(e_s, critic.embed(a)), critic.v(e_s))
     log_p, spoken = actor.log_probs(s, token_ids)
-    return actor_loss(log_p, spoken, centred(A, c.samples, c.centre)), A
+    return actor_loss(log_p, spoken, A), A
 
 
 def rollout(game, actor, episodes, rng, greedy=False):
@@ -389,7 +376,7 @@ def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
         # Lines 16-19, the optional token-level baseline, are left out.
         advantages = []
         for _ in range(c.actor_steps if iteration >= c.warmup_iterations else 0):  # (Alg. 1, line 20)
-            loss, A = policy_gradient(actor, critic, [t.s for t in buffer.sample(c.actor_batch)], c)
+            loss, A = policy_gradient(actor, critic, [t.s for t in buffer.sample(c.actor_batch)])
             descend(loss, actor, actor_optimizer, c.clip)  # (Alg. 1, line 22)
             advantages.append(A)
         report(metrics_of(iteration, episodes, losses, advantages, critic, c.gamma))
@@ -417,8 +404,6 @@ def check(c):
             fail(f"--{field.name.replace('_', '-')} must be {least}, not {value}")
     if c.gamma > 1 or c.tau > 1:
         fail("--gamma and --tau must lie between 0 and 1")
-    if c.centre not in ("state", "batch", "none") or (c.centre == "state" and c.samples < 2):
-        fail("--centre must be batch, none or, with --samples 2 or more, state")
     if not c.actor and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
         fail("a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
     if c.out and pathlib.Path(c.out, "summary.json").exists():

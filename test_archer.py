@@ -162,7 +162,7 @@ def test_each_loss_moves_its_own_network_only(models):
     sum(archer.critic_loss(critic, target, batch, [t.a for t in batch], 0.9)).backward()
     assert gradients(critic) > 0 and gradients(actor) == 0 and all(p.grad is None for p in target.parameters())
     critic.zero_grad(set_to_none=True)
-    loss, _ = archer.policy_gradient(actor, critic, [t.s for t in batch], Config())
+    loss, _ = archer.policy_gradient(actor, critic, [t.s for t in batch])
     loss.backward()
     assert gradients(actor) > 0 and gradients(critic) == 0
 
@@ -193,13 +193,6 @@ def test_losses_by_hand():
     assert archer.advantage(torch.tensor([[1.0, 5.0], [2.0, 4.0]]), torch.tensor([[7.0, 1.0], [6.0, 3.0]])).tolist() == [-5, 3]
     log_p, spoken = torch.tensor([[-9.0, -1.0], [-2.0, -3.0]]), torch.tensor([[0.0, 1.0], [1.0, 1.0]])
     assert archer.actor_loss(log_p, spoken, torch.tensor([2.0, -1.0])).item() == -(2 * -1 + -1 * -5) / 2
-
-
-def test_centring_keeps_the_differences_within_a_state_and_nothing_else():
-    A = torch.tensor([1.0, 3.0, 10.0, 10.0])
-    assert archer.centred(A, 2, "state").tolist() == [-1, 1, 0, 0]
-    assert archer.centred(A, 2, "batch").tolist() == [-5, -3, 4, 4]
-    assert archer.centred(A, 2, "none").tolist() == A.tolist()
 
 
 @pytest.mark.parametrize("tau, expected", [(0.0, 1.0), (0.25, 2.0), (1.0, 5.0)])
@@ -439,7 +432,7 @@ def test_a_game_with_nothing_but_reset_and_step_can_be_trained_on(small_run, tmp
 
 @pytest.mark.parametrize("arguments", [
     ["--env", "chess"], ["--actor", "no/such/folder"], ["--critic", "no/such/folder"], ["--gamma", "1.5"], ["--tau", "-1"],
-    ["--episodes", "0"], ["--critic-batch", "-3"], ["--centre", "left"], ["--samples", "1"], ["--demonstrations", "0"],
+    ["--episodes", "0"], ["--critic-batch", "-3"], ["--actor-batch", "0"], ["--clip", "0"], ["--demonstrations", "0"],
     ["--out", "{run}"], ["--actor-lr", "nan"], ["--seed", "x"], ["--out", "{run}/summary.json"],
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, small_run, capsys):
