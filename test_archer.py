@@ -549,7 +549,7 @@ def test_the_game_in_readme_runs(monkeypatch, tmp_path):
 def test_readme_names_what_exists():
     for name in re.findall(r"\]\(([^)]+)\)", README):
         assert name.startswith("https://") or (HERE / name).exists(), name
-    for option in set(re.findall(r"(?<![\w-])--([a-z-]+)", README)) - {"env"}:
+    for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - {"env"}:
         assert option.replace("-", "_") in {f.name for f in dataclasses.fields(Config)} | {"help"}, option
     for line in re.findall(r"\| (?:Eq|adv|tar|Alg|sup).*\| (.*) \|", README):
         for name in re.findall(r"`(\w+)`", line):
