@@ -195,6 +195,30 @@ def test_losses_by_hand():
     assert archer.actor_loss(log_p, spoken, torch.tensor([2.0, -1.0])).item() == -(2 * -1 + -1 * -5) / 2
 
 
+def test_no_gradient_flows_through_a_target_or_an_advantage():
+    leaf = lambda *shape: torch.rand(shape, requires_grad=True)
+    q, next_v, v, fresh_q, log_p, A = leaf(2, 3), leaf(2, 3), leaf(2, 3), leaf(2, 3), leaf(3, 4), leaf(3)
+    loss = archer.q_loss(q, torch.ones(3), torch.zeros(3), next_v, 0.9) + archer.v_loss(v, fresh_q) + archer.actor_loss(log_p, torch.ones(3, 4), A)
+    loss.backward()
+    assert all(x.grad is not None for x in (q, v, log_p)) and all(x.grad is None for x in (next_v, fresh_q, A))
+
+
+def test_critic_targets_come_from_the_target_network_and_from_fresh_utterances(models):
+    _, critic = models
+    target = copy.deepcopy(critic).requires_grad_(False)
+    for p in target.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    batch, fresh = some_batch(), ["go up"] * 12
+    s, a, _, r, s2, done = zip(*batch)
+    r, done = torch.tensor(r), torch.tensor(done).float()
+    with torch.no_grad():
+        loss_q, loss_v = archer.critic_loss(critic, target, batch, fresh, 0.9)
+        goal = r + 0.9 * (1 - done) * target.v(target.embed(s2))
+        assert torch.isclose(loss_q, (critic.q(critic.embed(s), critic.embed(a)) - goal).pow(2).mean(1).sum(), rtol=1e-4)
+        goal = target.q(target.embed(s), target.embed(fresh))
+        assert torch.isclose(loss_v, (critic.v(critic.embed(s)) - goal).pow(2).mean(1).sum(), rtol=1e-4)
+
+
 @pytest.mark.parametrize("tau, expected", [(0.0, 1.0), (0.25, 2.0), (1.0, 5.0)])
 def test_soft_update(tau, expected):
     target, online = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
