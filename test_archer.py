@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -12,6 +13,7 @@ import re
 import statistics
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -551,6 +553,361 @@ def test_exact_advantage_is_what_the_critic_learns():
     values, advantages = [exact[s][0] for s in states], [exact[s][1][a] - exact[s][0] for s, a in zip(states, said)]
     assert correlation(v.mean(0), values) > 0.9
     assert correlation(archer.advantage(q, v), advantages) > 0.8
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exact answers: a task small enough to enumerate, solved by plain loops that share nothing with archer.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The task. Up to three tokens of a, b and newline are said to a parrot; it answers + or -, or "." and flies away; after three
+# turns it has flown anyhow. A state is ":" and the answers so far.
+POSITIONS = [":" + "".join(answers) for n in range(3) for answers in itertools.product("+-", repeat=n)]
+SAYINGS = ["".join(letters) for n in range(4) for letters in itertools.product("ab", repeat=n)]
+CONTEXTS = [s + start for s in POSITIONS for start in SAYINGS if len(start) < 3]  # what stands before a token
+GAMMA = 0.9
+
+
+def draw_law(rng):
+    """(s, a) -> four equally likely (r, s2, done)."""
+    law = {}
+    for s, a in itertools.product(POSITIONS, SAYINGS):
+        r = {answer: rng.choice([-1.0, 0.0, 0.0, 0.0, 0.5, 1.0]) for answer in "+-."}
+        law[s, a] = [(r[x], s + x, x == "." or len(s) == 3) for x in rng.choices("+-.", (3, 3, 1), k=4)]
+    return law
+
+
+LAW = draw_law(random.Random(1))
+
+
+def tokens(a):
+    return a + "\n" if len(a) < 3 else a
+
+
+def policy(logits):
+    """{(s, a): pi(a|s)} of {context: {token: logit}}."""
+    pi = {}
+    for s, a in LAW:
+        pi[s, a] = 1.0
+        for i, token in enumerate(tokens(a)):
+            z = logits[s + a[:i]]
+            pi[s, a] *= math.exp(z[token]) / sum(math.exp(x) for x in z.values())
+    return pi
+
+
+def exact_q_and_v(pi):
+    """Q and V of a policy by backward induction; of the best policy where pi is None."""
+    Q, V = {}, {}
+    for s in reversed(POSITIONS):
+        for a in SAYINGS:
+            Q[s, a] = sum(r + (0 if done else GAMMA * V[s2]) for r, s2, done in LAW[s, a]) / 4
+        V[s] = max(Q[s, a] for a in SAYINGS) if pi is None else sum(pi[s, a] * Q[s, a] for a in SAYINGS)
+    return Q, V
+
+
+def exact_return(logits):
+    return exact_q_and_v(policy(logits))[1][":"]
+
+
+def exact_gradient(logits):
+    """dJ/dlogit for every context and token: J by plain loops at both sides, divided by the distance. No calculus."""
+    gradient, h = {}, 1e-5
+    for context, token in itertools.product(CONTEXTS, "ab\n"):
+        J = []
+        for step in (h, -h):
+            moved = {c: dict(z) for c, z in logits.items()}
+            moved[context][token] += step
+            J.append(exact_return(moved))
+        gradient[context, token] = (J[0] - J[1]) / (2 * h)
+    return gradient
+
+
+def visits(pi):
+    """How often each state is visited in an episode, discounted."""
+    d = dict.fromkeys(POSITIONS, 0.0) | {":": 1.0}
+    for s, a in LAW:  # earlier turns come first
+        for _, s2, done in LAW[s, a]:
+            if not done:
+                d[s2] += GAMMA * d[s] * pi[s, a] / 4
+    return d
+
+
+def some_logits(sharpness=1):
+    """Every token has a probability of 1/4 or 1/2, so that 64 utterances a state can hold them in exact proportion."""
+    rng = random.Random(0)
+    draw = lambda: [sharpness * math.log(p) for p in rng.sample([0.25, 0.25, 0.5], 3)]
+    return {context: dict(zip("ab\n", draw())) for context in CONTEXTS}
+
+
+class Parrot:
+    """The task as a game."""
+
+    def reset(self, *, seed=None, options=None):
+        self.rng, self.s = random.Random(seed), ":"
+        return self.s, {}
+
+    def step(self, a):
+        r, self.s, done = self.rng.choice(LAW[self.s, a])
+        return self.s, r, done, False, {}
+
+
+class Letters:
+    """A tokenizer: a letter is a token."""
+
+    letters = "ab\n:+-."
+
+    def encode(self, text, add_special_tokens=False):
+        return [self.letters.index(letter) for letter in text]
+
+    def batch_decode(self, rows):
+        return ["".join(self.letters[t] for t in row) for row in rows]
+
+
+class TableModel(torch.nn.Module):
+    """A causal language model that looks its logits up by all tokens so far. Its cache is those tokens."""
+
+    class Cache:
+        def __init__(self, ids):
+            self.ids = ids
+
+        def batch_select_indices(self, rows):
+            self.ids = self.ids[rows]
+
+    def __init__(self, logits):
+        super().__init__()
+        rows = [[z[token] for token in "ab\n"] for z in logits.values()]
+        self.table = torch.nn.Parameter(torch.tensor(rows, dtype=torch.float64))
+        self.config, self.device = types.SimpleNamespace(max_position_embeddings=9), torch.device("cpu")
+        self.row = torch.zeros(8**6, dtype=torch.long)  # a context as a number of base 8 -> its row in the table
+        for k, context in enumerate(logits):
+            self.row[int("".join(str(t + 1) for t in Letters().encode(context)), 8)] = k
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values=None, use_cache=False, logits_to_keep=0):
+        ids = input_ids if past_key_values is None else torch.cat([past_key_values.ids, input_ids], 1)
+        number, numbers = torch.zeros_like(ids[:, 0]), []
+        for token, real in zip(ids.T, attention_mask.T):
+            number = torch.where(real.bool(), 8 * number + token + 1, number)
+            numbers.append(number)
+        logits = self.table[self.row[torch.stack(numbers[-logits_to_keep:], 1)]]
+        return types.SimpleNamespace(logits=torch.nn.functional.pad(logits, (0, 4), value=-1e9), past_key_values=self.Cache(ids))
+
+
+def numbers(*shape):
+    return torch.randn(shape, dtype=torch.float64)
+
+
+class TableCritic(torch.nn.Module):
+    """Q1, Q2, V1, V2 as tables in place of an encoder with heads. `embed` turns a text into its place in the tables."""
+
+    def __init__(self, Q=None, V=None):
+        super().__init__()
+        states = sorted({s2 for outcomes in LAW.values() for _, s2, _ in outcomes} | {":"})
+        self.place = {text: k for texts in (states, SAYINGS) for k, text in enumerate(texts)}
+        q, v = numbers(2, 22, 15), numbers(2, 22)
+        for (s, a), value in (Q or {}).items():
+            q[:, self.place[s], self.place[a]], v[:, self.place[s]] = value, V[s]
+        self.q_table, self.v_table = torch.nn.Parameter(q), torch.nn.Parameter(v)
+
+    def embed(self, texts):
+        return torch.tensor([self.place[text] for text in texts])
+
+    def q(self, e_s, e_a):
+        return self.q_table[:, e_s, e_a]
+
+    def v(self, e_s):
+        return self.v_table[:, e_s]
+
+    def distance(self, Q, V):
+        """How far every entry of the four tables is from the exact values."""
+        s, a = zip(*Q)
+        with torch.no_grad():
+            q = self.q(self.embed(s), self.embed(a)) - torch.tensor([*Q.values()])
+            v = self.v(self.embed(V)) - torch.tensor([*V.values()])
+        return torch.cat([q.flatten(), v.flatten()]).abs()
+
+
+def table_actor(logits):
+    return archer.Actor(TableModel(logits), Letters(), utterance_tokens=3)
+
+
+def by_token(table):
+    """A table of the actor, [context, 3], as {(context, token): number}."""
+    return dict(zip(itertools.product(CONTEXTS, "ab\n"), table.flatten().tolist()))
+
+
+def test_exact_policy_is_what_the_actor_says_and_scores():
+    """pi(a|s) by plain loops, the actor's log-probabilities and the frequencies of its speech are one and the same."""
+    actor, pi, n = table_actor(some_logits()), policy(some_logits()), 4000
+    s, a = zip(*LAW)
+    log_p, spoken = actor.log_probs(s, [actor.tokenizer.encode(tokens(x)) for x in a])
+    assert (log_p * spoken).sum(1).exp().tolist() == pytest.approx([*pi.values()], abs=1e-6)
+    texts, _ = actor.act([x for x in POSITIONS for _ in range(n)])
+    counts = collections.Counter(zip([x for x in POSITIONS for _ in range(n)], texts))
+    assert all(abs(counts[k] / n - p) < 4.5 * (p * (1 - p) / n) ** 0.5 for k, p in pi.items())
+
+
+def test_exact_eq1_and_eq2_find_the_values_of_a_policy_that_did_not_fill_the_buffer():
+    """The buffer holds every utterance equally often, "" twice; the fresh utterances stand in exact proportion to pi."""
+    torch.manual_seed(0)
+    pi, others = policy(some_logits()), dict.fromkeys(LAW, 1 / 15)
+    batch = [archer.Transition(s, a, [], r, s2, done) for s in POSITIONS for a in [*SAYINGS, ""] for r, s2, done in LAW[s, a]]
+    fresh = [a for s in POSITIONS for a in SAYINGS for _ in range(round(64 * pi[s, a]))]
+    critic = TableCritic()
+    target = copy.deepcopy(critic).requires_grad_(False)
+    optimizer = torch.optim.SGD([{"params": [critic.q_table], "lr": 25}, {"params": [critic.v_table], "lr": 2}])
+    for _ in range(150):
+        archer.descend(sum(archer.critic_loss(critic, target, batch, fresh, GAMMA)), critic, optimizer, math.inf)
+        archer.soft_update(target, critic, 0.3)
+    assert critic.distance(*exact_q_and_v(pi)).max() < 1e-3
+    assert critic.distance(*exact_q_and_v(others)).max() > 0.2  # the policy that filled the buffer has other values
+
+
+def expected_loss(actor, weights):
+    """Eq. 3 with the true advantage, not sampled: every utterance at every state, as often as `weights` says."""
+    Q, V = exact_q_and_v(policy(logits_of(actor)))
+    s, a = zip(*LAW)
+    log_p, spoken = actor.log_probs(s, [actor.tokenizer.encode(tokens(x)) for x in a])
+    A = torch.tensor([weights[s, a] * (Q[s, a] - V[s]) for s, a in LAW], dtype=torch.float64)
+    return archer.actor_loss(log_p, spoken, len(LAW) * A)
+
+
+def logits_of(actor):
+    return {context: dict(zip("ab\n", row)) for context, row in zip(CONTEXTS, actor.model.table.tolist())}
+
+
+def test_exact_eq3_in_expectation_is_the_gradient_of_the_return():
+    """Weighted by how often a policy comes by, Eq. 3 is the gradient of the return itself (policy gradient theorem)."""
+    actor, pi = table_actor(some_logits()), policy(some_logits())
+    d = visits(pi)
+    expected_loss(actor, {(s, a): d[s] * pi[s, a] for s, a in LAW}).backward()
+    assert by_token(-actor.model.table.grad) == pytest.approx(exact_gradient(some_logits()), abs=1e-6)
+
+
+def test_exact_eq3_sampled_lies_in_its_confidence_interval():
+    """`policy_gradient` on states as often as visited and utterances of its own: every entry, and all together."""
+    torch.manual_seed(0)
+    actor, pi, rng = table_actor(some_logits()), policy(some_logits()), random.Random(0)
+    critic, d = TableCritic(*exact_q_and_v(pi)), visits(pi)
+    samples = []
+    for _ in range(200):
+        actor.zero_grad()
+        archer.policy_gradient(actor, critic, rng.choices(POSITIONS, [d[s] for s in POSITIONS], k=128))[0].backward()
+        samples.append(-sum(d.values()) * actor.model.table.grad.flatten())
+    samples, exact = torch.stack(samples), torch.tensor([*exact_gradient(some_logits()).values()])
+    z = (samples.mean(0) - exact) / (samples.std(0) / len(samples) ** 0.5 + 1e-9)
+    assert z.abs().max() < 4.5 and 0.7 < z.square().mean() < 1.3
+    assert (exact.abs() > 10 * samples.std(0) / len(samples) ** 0.5).sum() > 5  # the interval is narrow
+
+
+def test_exact_eq3_ascent_reaches_the_optimal_policy():
+    """With the true advantage and every state seen, the actor ends at the best utterance everywhere."""
+    actor, (best_q, best_v) = table_actor(some_logits()), exact_q_and_v(None)
+    optimizer = torch.optim.Adam(actor.parameters(), 0.1)
+    for _ in range(300):
+        pi = policy(logits_of(actor))
+        archer.descend(expected_loss(actor, {(s, a): p / len(POSITIONS) for (s, a), p in pi.items()}), actor, optimizer, math.inf)
+    assert exact_return(logits_of(actor)) > best_v[":"] - 0.01 > exact_return(some_logits()) + 0.5
+    for s in POSITIONS:
+        said = max(SAYINGS, key=lambda a: pi[s, a])
+        assert pi[s, said] > 0.9 and best_q[s, said] == pytest.approx(best_v[s], abs=0.01), s
+
+
+def parrot_config(**settings):
+    return archer.Config(**dict(
+        iterations=20, warmup_iterations=20, episodes=1, capacity=10**4, critic_steps=20, critic_batch=256, critic_lr=0.03, gamma=GAMMA,
+        tau=0.2, actor_steps=8, actor_batch=128, actor_lr=0.05, clip=100.0, demonstrations_in_buffer=True, seed=0) | settings)
+
+
+def parrot_demonstrations():
+    """Every utterance at every state equally often: not what the actor says."""
+    return [archer.Transition(s, a, [], r, s2, done) for s, a in LAW for r, s2, done in LAW[s, a]]
+
+
+def test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone():
+    """Warm-up and nothing else: the critic ends near the exact values of the actor, which has not moved."""
+    torch.manual_seed(0)
+    actor, critic, pi = table_actor(some_logits(3)), TableCritic(), policy(some_logits(3))
+    archer.train(Parrot, actor, critic, parrot_demonstrations(), parrot_config())
+    assert logits_of(actor) == some_logits(3)
+    assert critic.distance(*exact_q_and_v(pi)).mean() < 0.07 < 0.1 < critic.distance(*exact_q_and_v(dict.fromkeys(LAW, 1 / 15))).mean()
+
+
+def test_exact_alg1_comes_near_the_optimal_policy():
+    """All of it, with nothing told: at least 85 % of the way from the first policy to the best one."""
+    torch.manual_seed(0)
+    actor, first, best = table_actor(some_logits()), exact_return(some_logits()), exact_q_and_v(None)[1][":"]
+    c = parrot_config(iterations=30, warmup_iterations=5, episodes=64, critic_lr=0.1)
+    archer.train(Parrot, actor, TableCritic(), parrot_demonstrations(), c)
+    assert exact_return(logits_of(actor)) > first + 0.85 * (best - first)
+
+
+def some_mask(B, L):
+    """Utterances of random lengths at the right edge."""
+    return (torch.arange(L, 0, -1) <= torch.randint(1, L + 1, (B, 1))).double()
+
+
+def test_exact_eq1_as_written():
+    """J_Q = E[(Q(s, a) - r - gamma V'(s'))^2], one head at a time, transition by transition, added up."""
+    torch.manual_seed(0)
+    q, v, r, done, J = numbers(2, 7), numbers(2, 7), numbers(7), torch.randint(2, (7,)).double(), 0.0
+    for k, i in np.ndindex(2, 7):
+        after = 0.0 if done[i] else 0.9 * v[k, i].item()
+        J += (q[k, i].item() - r[i].item() - after) ** 2 / 7
+    assert archer.q_loss(q, r, done, v, 0.9).item() == pytest.approx(J, rel=1e-12)
+
+
+def test_exact_eq2_as_written():
+    """J_V = E[(V(s) - Q'(s, a))^2], each head on its own target."""
+    torch.manual_seed(0)
+    v, q = numbers(2, 7), numbers(2, 7)
+    J = sum(np.mean((v[k].numpy() - q[k].numpy()) ** 2) for k in range(2))
+    assert archer.v_loss(v, q).item() == pytest.approx(J, rel=1e-12)
+
+
+def test_exact_eq3_as_written():
+    """J = E[sum_i A log pi(a^i | s, a^{1:i-1})]: a sum over tokens, a mean over utterances, and its negative to descend."""
+    torch.manual_seed(0)
+    log_p, spoken, A, J = numbers(7, 4), some_mask(7, 4), numbers(7), 0.0
+    for b, i in np.ndindex(7, 4):
+        J += A[b].item() * log_p[b, i].item() / 7 if spoken[b, i] else 0.0
+    assert archer.actor_loss(log_p, spoken, A).item() == pytest.approx(-J, rel=1e-12)
+
+
+def test_exact_advantage_as_written():
+    """A = min(Q1, Q2) - min(V1, V2), a number a row."""
+    torch.manual_seed(0)
+    q, v = numbers(2, 7), numbers(2, 7)
+    assert archer.advantage(q, v).tolist() == np.subtract(np.minimum(*q.numpy()), np.minimum(*v.numpy())).tolist()
+
+
+def test_exact_alg1_lines_12_to_15_as_written():
+    """target <- (1 - tau) target + tau online; the online network stays."""
+    torch.manual_seed(0)
+    target, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    t, o = target.weight.detach().numpy().copy(), online.weight.detach().numpy().copy()
+    archer.soft_update(target, online, 0.3)
+    assert np.allclose(target.weight.detach(), 0.7 * t + 0.3 * o, atol=1e-7)
+    assert np.array_equal(online.weight.detach(), o)
+
+
+NOISE, MASK = torch.tensor(np.random.default_rng(0).normal(size=(4, 5))), torch.ones(5, 4).triu().double()
+LOSSES = {
+    "eq1": ((2, 5), lambda q: archer.q_loss(q, NOISE[0], (NOISE[1] > 0).double(), NOISE[2:], 0.9)),
+    "eq2": ((2, 5), lambda v: archer.v_loss(v, NOISE[:2])),
+    "eq3": ((5, 4), lambda log_p: archer.actor_loss(log_p, MASK, NOISE[0])),
+}
+
+
+@pytest.mark.parametrize("equation", LOSSES)
+def test_exact_gradient_by_finite_differences(equation):
+    """Autograd against the difference of the loss at both sides, entry by entry, in float64."""
+    torch.manual_seed(0)
+    shape, loss = LOSSES[equation]
+    x, h = numbers(*shape).requires_grad_(), 1e-4
+    loss(x).backward()
+    for place in np.ndindex(shape):
+        step = torch.zeros(shape, dtype=torch.float64)
+        step[place] = h
+        assert x.grad[place].item() == pytest.approx(((loss(x + step) - loss(x - step)) / (2 * h)).item(), abs=1e-8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
