@@ -1,7 +1,7 @@
 """ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model learns to act over many turns.
 
-Two learners run at once. A critic learns off-policy, from a replay buffer, what a whole utterance is worth (Eqs. 1, 2).
-The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward (Eq. 3).
+Two learners run at once. A critic learns off-policy, from a replay buffer, what a whole utterance is worth: Eqs. 1 and 2.
+The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward: Eq. 3.
 
     python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: about a minute
     python archer.py --env twenty_questions   another game
@@ -55,7 +55,7 @@ class Config:
     episodes: int = 32  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
     utterance_tokens: int = 8  # an utterance is cut here if no newline ends it
     capacity: int = 20_000  # transitions the buffer holds; small: near on-policy, large: slow to forget
-    demonstrations_in_buffer: bool = True  # (Alg. 1, line 2); off: the critic starts from the actor's own play
+    demonstrations_in_buffer: bool = True  # Alg. 1, line 2; off: the critic starts from the actor's own play
 
     critic_steps: int = 50  # in an iteration; few: the actor outruns the critic, many: slow
     critic_batch: int = 256  # transitions in a critic step

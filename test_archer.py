@@ -1,8 +1,11 @@
 """What can be proved is proved here: `pytest`. Every test builds its own small models; nothing is downloaded."""
 
+import ast
 import collections
 import copy
 import dataclasses
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -14,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import types
+import typing
 
 import numpy as np
 import pytest
@@ -24,19 +28,24 @@ from archer import Config, ReplayBuffer, Transition
 from envs import GAMES, Detective, TwentyQuestions
 
 STATES = ["Welcome. Hall: nothing\n", "Done. Landing: key\n", "Taken. Cellar: key, note on butler\n" * 4, "é ∀ 猫\n", ""]
+STATES += ["no newline"]  # the padding is a newline too: only here does the side of the padding show
 WORDS = ["go north", "accuse butler", "", "x" * 50, "猫 go"]
 
 
-@pytest.fixture(scope="module")
-def texts():
+@functools.cache
+def detective_texts():
     return [s + a + "\n" + s2 for e in Detective.demonstrations(50) for s, a, _, s2, _ in e]
 
 
-@pytest.fixture
-def models(texts):
+def tiny_models():
     """A new tiny actor and critic with random weights."""
     torch.manual_seed(0)
-    return archer.build(Config(), texts)
+    return archer.build(Config(), detective_texts())
+
+
+@pytest.fixture
+def models():
+    return tiny_models()
 
 
 def spoken_ids(actor, words):
@@ -93,6 +102,14 @@ def test_greedy_speech_is_the_same_alone_and_in_company(models):
             assert actor.model(input_ids=torch.tensor([prompt + ids[:i]])).logits[0, -1].argmax() == token
 
 
+def test_every_token_can_be_said(models):
+    """With nearly equal logits all tokens come up: no top-k, no top-p."""
+    actor, _ = models
+    actor.model.lm_head.weight.data.mul_(0.01)
+    _, said = actor.act([""] * 8 * len(actor.tokenizer))
+    assert len({ids[0] for ids in said}) > 0.98 * len(actor.tokenizer)
+
+
 def test_an_utterance_ends_with_its_first_newline_or_at_the_limit(models):
     actor, _ = models
     with torch.no_grad():  # make the newline likely
@@ -118,7 +135,7 @@ def test_act_many_answers_every_state_in_its_place(models):
 def test_a_state_longer_than_the_context_loses_its_beginning(models):
     actor, critic = models
     long = "go north\n" * 500
-    assert actor.encode([long])[0] == actor.encode([long + long])[0]
+    assert actor.encode([long])[0] == actor.encode(["no " * 500 + long])[0]
     log_p, _ = actor.log_probs([long], spoken_ids(actor, ["go north"]))
     assert torch.isfinite(log_p).all() and len(actor.act([long])[0]) == 1
     assert torch.equal(critic.embed(["no " * 500 + long]), critic.embed([long]))
@@ -231,6 +248,17 @@ def test_soft_update(tau, expected):
     assert all((p == expected).all() for p in target.parameters()) and all((p == 5).all() for p in online.parameters())
 
 
+def test_descend_takes_one_clipped_step_from_fresh_gradients():
+    """The norm is clipped, not each entry; neither an earlier step nor another network's gradients matter."""
+    network, other = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    x = torch.tensor([[0.6, 0.8]])
+    for slope, length in ((30.0, 1.0), (0.01, 0.01)):
+        before = network.weight.detach().clone()
+        archer.descend(slope * (network(x) + other(x)).sum(), network, optimizer, 1.0)
+        assert torch.allclose(before - network.weight, length * x, atol=1e-6)
+
+
 def test_dropout_is_off(models):
     actor, critic = models
     assert not any(m.training for m in [*actor.model.modules(), *critic.encoder.modules()])
@@ -271,16 +299,16 @@ class Silent:
         return f"{self.t}\n", 0.0, over and self.ends, over and not self.ends, {}
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_rewards_of_zero_change_nothing_about_turn_boundaries(models, ends):
+def test_rewards_of_zero_change_nothing_about_turn_boundaries(models):
     actor, _ = models
-    game = type("Game", (Silent,), {"ends": ends})
-    episodes = archer.rollout(game, actor, 5, random.Random(0))
-    for e in episodes:
-        assert [t.s2 for t in e] == ["1\n", "2\n", "3\n"] and [t.s for t in e][1:] == ["1\n", "2\n"]
-        assert [t.done for t in e] == [False, False, ends] and [t.r for t in e] == [0, 0, 0]
-        assert all(actor.tokenizer.decode(t.ids).removesuffix("\n") == t.a for t in e)
-    assert len({e[0].s for e in episodes}) == 5  # every game has its own seed
+    for ends in (True, False):
+        game = type("Game", (Silent,), {"ends": ends})
+        episodes = archer.rollout(game, actor, 5, random.Random(0))
+        for e in episodes:
+            assert [t.s2 for t in e] == ["1\n", "2\n", "3\n"] and [t.s for t in e][1:] == ["1\n", "2\n"]
+            assert [t.done for t in e] == [False, False, ends] and [t.r for t in e] == [0, 0, 0]
+            assert all(actor.tokenizer.decode(t.ids).removesuffix("\n") == t.a for t in e)
+        assert len({e[0].s for e in episodes}) == 5  # every game has its own seed
 
 
 def test_a_time_limit_bootstraps_and_an_end_does_not(models):
@@ -436,11 +464,11 @@ def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(small_run, t
     assert (tmp_path / "summary.json").exists()
 
 
-def test_the_papers_kind_of_models_is_trained_from_folders(texts, tmp_path):
+def test_the_papers_kind_of_models_is_trained_from_folders(tmp_path):
     """GPT-2 and RoBERTa as saved by transformers, with dropout in their configurations and a pooler, loaded by name."""
     from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
-    actor, critic = archer.build(Config(), texts)
+    actor, critic = tiny_models()
     GPT2LMHeadModel(GPT2Config(vocab_size=len(actor.tokenizer), n_positions=128, n_embd=24, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     actor.tokenizer.save_pretrained(tmp_path / "gpt2")
     RobertaModel(RobertaConfig(vocab_size=len(critic.tokenizer), hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
@@ -813,8 +841,8 @@ def test_exact_eq3_ascent_reaches_the_optimal_policy():
 
 def parrot_config(**settings):
     return archer.Config(**dict(
-        iterations=20, warmup_iterations=20, episodes=1, capacity=10**4, critic_steps=20, critic_batch=256, critic_lr=0.03, gamma=GAMMA,
-        tau=0.2, actor_steps=8, actor_batch=128, actor_lr=0.05, clip=100.0, demonstrations_in_buffer=True, seed=0) | settings)
+        iterations=20, warmup_iterations=20, episodes=1, capacity=10**4, critic_steps=20, critic_batch=256, critic_lr=0.03,
+        gamma=GAMMA, tau=0.2, actor_steps=8, actor_batch=128, actor_lr=0.05, clip=100.0) | settings)
 
 
 def parrot_demonstrations():
@@ -825,10 +853,21 @@ def parrot_demonstrations():
 def test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone():
     """Warm-up and nothing else: the critic ends near the exact values of the actor, which has not moved."""
     torch.manual_seed(0)
-    actor, critic, pi = table_actor(some_logits(3)), TableCritic(), policy(some_logits(3))
+    actor, critic = table_actor(some_logits(3)), TableCritic()
     archer.train(Parrot, actor, critic, parrot_demonstrations(), parrot_config())
     assert logits_of(actor) == some_logits(3)
-    assert critic.distance(*exact_q_and_v(pi)).mean() < 0.07 < 0.1 < critic.distance(*exact_q_and_v(dict.fromkeys(LAW, 1 / 15))).mean()
+    assert critic.distance(*exact_q_and_v(policy(some_logits(3)))).mean() < 0.07
+    assert critic.distance(*exact_q_and_v(dict.fromkeys(LAW, 1 / 15))).mean() > 0.1  # the demonstrations' policy
+
+
+def test_exact_alg1_lines_20_to_22_move_the_actor_once_the_warm_up_is_over():
+    """One iteration of warm-up and one actor step: the actor has not moved after the first and has after the second."""
+    torch.manual_seed(0)
+    actor, moved = table_actor(some_logits()), []
+    report = lambda metrics: moved.append(logits_of(actor) != some_logits())
+    c = parrot_config(iterations=2, warmup_iterations=1, actor_steps=1)
+    archer.train(Parrot, actor, TableCritic(), parrot_demonstrations(), c, report)
+    assert moved == [False, True]
 
 
 def test_exact_alg1_comes_near_the_optimal_policy():
@@ -911,6 +950,123 @@ def test_exact_gradient_by_finite_differences(equation):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Whatever comes along: seeded random cases
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def any_text(rng):
+    """Nothing, words, any unicode, control characters, the end-of-text mark, or far too much."""
+    anything = chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
+    pieces = [*map(chr, range(32)), *"aé∀猫😀\u200d\u0301\u202e ", anything, "<|endoftext|>", "go north\n"]
+    return "".join(rng.choices(pieces, k=rng.choice([0, 1, 5, 40, 2000])))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fuzz_actor_scores_what_it_says(models, seed):
+    """Any states, any batch size: every sampled token gets its own log-probability, the same in any company."""
+    torch.manual_seed(seed)
+    actor, rng = models[0], random.Random(seed)
+    states = [any_text(rng) for _ in range(rng.randrange(1, 24))]
+    texts, said = actor.act_many(states, size=rng.randrange(1, 9))
+    log_p, spoken = actor.log_probs(states, said, size=rng.randrange(1, 9))
+    assert all(isinstance(text, str) for text in texts) and max(map(len, actor.encode(states))) <= actor.room
+    assert spoken.sum(1).tolist() == [len(a) for a in said] and log_p.isfinite().all() and (log_p <= 0).all()
+    k = rng.randrange(len(states))
+    assert (log_p * spoken)[k].sum().item() == pytest.approx(sum(plain_log_probs(actor, states[k], said[k])), abs=1e-3)
+
+
+def test_fuzz_critic_judges_anything(models):
+    """Any texts, repeated or far too long: finite, in order, and independent of how they are cut into batches."""
+    rng = random.Random(0)
+    critic = archer.DoubleCritic(models[1].encoder, models[1].tokenizer)
+    for _ in range(3):
+        s, a = [any_text(rng) for _ in range(10)] * 2, [any_text(rng) for _ in range(20)]
+        with torch.no_grad():
+            e_s, e_a = critic.embed(s, size=rng.randrange(1, 9)), critic.embed(a)
+            q, v = critic.q(e_s, e_a), critic.v(e_s)
+        assert q.shape == v.shape == (2, 20) and q.isfinite().all() and torch.equal(v[:, :10], v[:, 10:])
+        assert torch.allclose(e_s[3], critic.embed(s[3:4])[0], atol=1e-5)
+
+
+def test_fuzz_losses_of_any_text_are_finite(models):
+    actor, critic = models
+    rng, target = random.Random(0), copy.deepcopy(critic).requires_grad_(False)
+    for n in (1, 2, 9):
+        s, a, s2, fresh = ([any_text(rng) for _ in range(n)] for _ in range(4))
+        batch = [archer.Transition(s[k], a[k], [], rng.gauss(0, 9), s2[k], rng.random() < 0.5) for k in range(n)]
+        losses = *archer.critic_loss(critic, target, batch, fresh, 0.9), archer.policy_gradient(actor, critic, s)[0]
+        assert all(loss.isfinite() for loss in losses)
+
+
+def test_fuzz_pad_and_positions_lose_nothing():
+    """Either side: the mask finds the rows again, and the real tokens are counted from 0."""
+    rng = random.Random(0)
+    for k in range(200):
+        rows = [[rng.randrange(9) for _ in range(rng.randrange(1, 8))] for _ in range(rng.randrange(1, 6))]
+        ids, mask = archer.pad(rows, 0, "cpu", left=k % 2 == 0)
+        assert [i[m.bool()].tolist() for i, m in zip(ids, mask)] == rows and ids.shape[1] == max(map(len, rows))
+        assert [p[m.bool()].tolist() for p, m in zip(archer.positions(mask), mask)] == [list(range(len(row))) for row in rows]
+        assert all(m.tolist() == sorted(m.tolist(), reverse=k % 2) for m in mask)
+
+
+def test_fuzz_sample_draws_each_index_as_often_as_p_says():
+    torch.manual_seed(0)
+    for width in (1, 2, 7, 300):
+        p = torch.rand(width).square() * (torch.rand(width) < 0.7)
+        p[-1] += 0.1
+        p, n = p / p.sum(), 20_000
+        counts = archer.sample(p.expand(n, width)).bincount(minlength=width)
+        assert (counts[p == 0] == 0).all() and ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-6).all()
+
+
+def test_fuzz_buffer_holds_the_last_transitions():
+    rng = random.Random(0)
+    for _ in range(200):
+        capacity, n = rng.randrange(1, 20), rng.randrange(1, 60)
+        buffer = archer.ReplayBuffer(capacity)
+        for k in range(n):
+            buffer.add(k)
+        assert sorted(buffer.ring) == list(range(max(0, n - capacity), n)) and set(buffer.sample(30)) <= set(buffer.ring)
+
+
+class Weather:
+    """Ends or is cut after a random number of turns; says and pays anything."""
+
+    def reset(self, *, seed=None, options=None):
+        self.rng = random.Random(seed)
+        return any_text(self.rng), {}
+
+    def step(self, utterance):
+        fate = self.rng.random()
+        return any_text(self.rng), self.rng.gauss(0, 1), fate < 0.1, fate > 0.8, {}
+
+
+def test_fuzz_episodes_of_any_length_are_chains(models):
+    """A state follows from the last one; only the last turn may be done; seeds decide the game, not its neighbours."""
+    actor, _ = models
+    for episodes in (1, 7, 20):
+        played = archer.rollout(Weather, actor, episodes, random.Random(episodes))
+        assert len(played) == episodes
+        for episode in played:
+            assert all(t.s2 == after.s and not t.done for t, after in zip(episode, episode[1:]))
+            assert all(actor.tokenizer.decode(t.ids).removesuffix("\n") == t.a for t in episode)
+    alone = archer.rollout(Weather, actor, 1, random.Random(20))[0]
+    assert [(t.s, t.r, t.s2, t.done) for t in alone] == [(t.s, t.r, t.s2, t.done) for t in played[0]]
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_fuzz_games_take_any_text(name):
+    rng, game = random.Random(0), GAMES[name]()
+    for seed in range(100):
+        game.reset(seed=seed)
+        ended = False
+        while not ended:
+            observation, reward, terminated, truncated, _ = game.step(any_text(rng))
+            assert observation.endswith("\n") and math.isfinite(reward) and not (terminated and truncated)
+            ended = terminated or truncated
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # README
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -932,9 +1088,51 @@ def test_readme_names_what_exists():
         assert name.startswith("https://") or (HERE / name).exists(), name
     for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - {"env"}:
         assert option.replace("-", "_") in {f.name for f in dataclasses.fields(Config)} | {"help"}, option
-    for line in re.findall(r"\| (?:Eq|adv|tar|Alg|sup).*\| (.*) \|", README):
+    for line in re.findall(r"\| .*\| (.*) \|", README.split("## Where each equation is")[1].split("\n## ")[0]):
         for name in re.findall(r"`(\w+)`", line):
             assert hasattr(archer, name), name
+
+
+def test_every_tag_stands_in_one_place_and_readme_lists_exactly_those():
+    """(Eq. n) in one function, (Alg. 1, line n) on one line, in the paper's order; README quotes the name and the line."""
+    source, tag = inspect.getsource(archer), r"Eq\. \d+|Alg\. 1, lines? [\d-]+"
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    found = []
+    for k, line in enumerate(source.splitlines(), 1):
+        for name in re.findall(rf"\(({tag})\)", line):
+            (inside,) = [f.name for f in functions if f.lineno <= k <= f.end_lineno]
+            found.append((name, inside, line))
+    shown = re.findall(rf"^\| ({tag})\b.*? \| `(\w+)`(?:: `(.+?)`)?", README, re.M)
+    assert len({name for name, *_ in found}) == len(found) > 10
+    assert [(name, inside) for name, inside, _ in shown] == [(name, inside) for name, inside, _ in found]
+    assert all(quoted in line for (_, _, quoted), (_, _, line) in zip(shown, found))
+
+
+def against(module, test, monkeypatch):
+    """Runs a test of this file, by its name, with another module in archer's place."""
+    for name in ("Config", "ReplayBuffer", "Transition"):
+        monkeypatch.setitem(globals(), name, getattr(module, name, None))
+    monkeypatch.setitem(globals(), "archer", module)
+    test = globals()[test]
+    test(**{"models": tiny_models()} if inspect.signature(test).parameters else {})
+
+
+COPIES = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*?) \| .* \| `(test_\w+)` \|$", README, re.M)
+
+
+@pytest.mark.parametrize("names, imports, test", COPIES, ids=[names.replace("`", "") for names, *_ in COPIES])
+def test_copy_by_source_alone(names, imports, test, monkeypatch):
+    """A row of README's "Copy this": the sources and the imports it names, in an empty namespace, pass the test it names."""
+    names, copies = re.findall(r"`(.+?)`", names), {}
+    exec("\n".join(re.findall(r"`(.+?)`", imports)), copies)
+    for name in names:
+        exec(inspect.getsource(getattr(archer, name)), copies)
+    copied = {name: copies[name] for name in names}
+    against(types.SimpleNamespace(build=archer.build, Config=Config, **copied), test, monkeypatch)
+
+
+def test_copy_table_is_read():
+    assert len(COPIES) == len(re.findall(r"^\| `", README.split("## Copy this")[1].split("\n## ")[0], re.M)) >= 8
 
 
 def test_readme_quotes_its_figures_from_the_results():
@@ -969,5 +1167,244 @@ def collect(folders):
     print("\n".join(tables()))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The bug zoo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Bug(typing.NamedTuple):
+    """One line of archer.py gone wrong: what to expect in the curve, and the test that turns red."""
+
+    name: str
+    original: str
+    mutated: str
+    symptom: str
+    test: str
+
+
+ZOO = [
+    Bug("advantage with the wrong sign",
+        "return -(A.detach()",
+        "return (A.detach()",
+        "the return falls as soon as the warm-up is over, below the warm start",
+        "test_exact_eq3_as_written"),
+    Bug("no stop-gradient on Q's target",
+        "(q - target.detach())",
+        "(q - target)",
+        "none here, where a target network cuts the gradient too; without one, V is dragged towards Q and learns slowly",
+        "test_no_gradient_flows_through_a_target_or_an_advantage"),
+    Bug("no stop-gradient on V's target",
+        "(v - fresh_q.detach())",
+        "(v - fresh_q)",
+        "as above: only the target network still holds it",
+        "test_no_gradient_flows_through_a_target_or_an_advantage"),
+    Bug("Q's target from the online network",
+        "next_v = target.v(target.embed(s2))",
+        "next_v = critic.v(critic.embed(s2))",
+        "`q_loss` is restless; `value` overshoots `discounted_return`, more with every step a larger learning rate",
+        "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
+    Bug("V's target from the online network",
+        "fresh_q = target.q(target.embed(s), target.embed(fresh))",
+        "fresh_q = critic.q(critic.embed(s), critic.embed(fresh))",
+        "as above, through `v_loss`",
+        "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
+    Bug("V learns from the logged utterances",
+        "target.embed(fresh))",
+        "target.embed(a))",
+        "`value` follows old play, not the actor's; advantages stay positive for whatever is better than the buffer, "
+        "progress stalls late",
+        "test_exact_eq1_and_eq2_find_the_values_of_a_policy_that_did_not_fill_the_buffer"),
+    Bug("each head learns from the other's target",
+        "next_v = target.v(target.embed(s2))",
+        "next_v = target.v(target.embed(s2)).flip(0)",
+        "hard to see: the heads grow alike, and their minimum guards less",
+        "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
+    Bug("max in place of min",
+        "return q.min(0).values - v.min(0).values",
+        "return q.max(0).values - v.max(0).values",
+        "utterances that the critic overrates by chance are reinforced: a rise, then a fall",
+        "test_exact_advantage_as_written"),
+    Bug("mean in place of min",
+        "return q.min(0).values - v.min(0).values",
+        "return q.mean(0) - v.mean(0)",
+        "as above, weaker",
+        "test_exact_advantage_as_written"),
+    Bug("bootstrap beyond the end",
+        "gamma * (1 - done) * next_v",
+        "gamma * next_v",
+        "`value` keeps rising above `discounted_return`, by what V invents for states that never come",
+        "test_exact_eq1_as_written"),
+    Bug("a time limit taken for an end",
+        "token_ids, r, s2, terminated)",
+        "token_ids, r, s2, terminated or truncated)",
+        "`value` too low wherever play is often cut; slow episodes look hopeless rather than slow",
+        "test_rewards_of_zero_change_nothing_about_turn_boundaries"),
+    Bug("gamma twice",
+        "gamma * (1 - done)",
+        "gamma * gamma * (1 - done)",
+        "`value` settles below `discounted_return`, the more the longer the episodes; late rewards are not worth the way",
+        "test_exact_eq1_as_written"),
+    Bug("mean over tokens in place of sum",
+        "(log_p * spoken).sum(1)).mean()",
+        "(log_p * spoken).sum(1) / spoken.sum(1)).mean()",
+        "slower, and long utterances count less a token: the length drifts",
+        "test_exact_eq3_as_written"),
+    Bug("`[B, 1] * [B]` broadcast",
+        "-(A.detach() * (log_p",
+        "-(A.detach()[:, None] * (log_p",
+        "every utterance gets the batch's mean advantage: the curve stays flat or drifts, all losses look sane",
+        "test_exact_eq3_as_written"),
+    Bug("mask one short: the first token is not trained",
+        "<= lengths[:, None]",
+        "< lengths[:, None]",
+        "one-token utterances never change; verbs hardly do",
+        "test_only_spoken_tokens_are_trained"),
+    Bug("logits shifted by one",
+        "log_softmax(logits[:, :-1].float(), -1)",
+        "log_softmax(logits[:, 1:].float(), -1)",
+        "flat or collapse: each token is judged by the prediction of its successor",
+        "test_exact_policy_is_what_the_actor_says_and_scores"),
+    Bug("the state's tokens are trained",
+        "return log_p, spoken.float()",
+        "return log_p, torch.ones_like(log_p)",
+        "a good advantage also teaches the actor to recite the state: noise, worse for short utterances",
+        "test_only_spoken_tokens_are_trained"),
+    Bug("the end token is dropped",
+        "said[i].append(t)",
+        "said[i] += [t] * (t != self.end)",
+        "utterances drift in length: when to stop is never trained",
+        "test_exact_eq3_sampled_lies_in_its_confidence_interval"),
+    Bug("the decoded text is tokenised again",
+        "actor.log_probs(s, token_ids)\n    return",
+        "actor.log_probs(s, [actor.tokenizer.encode(x) for x in a])\n    return",
+        "as above, and what was sampled is not what is trained",
+        "test_exact_eq3_sampled_lies_in_its_confidence_interval"),
+    Bug("right padding when speaking",
+        "pad(self.encode(distinct), self.end, self.model.device, left=True)",
+        "pad(self.encode(distinct), self.end, self.model.device)",
+        "play is worse in batches than alone, and the worse the more the states differ in length",
+        "test_greedy_speech_is_the_same_alone_and_in_company"),
+    Bug("no position ids when scoring",
+        "position_ids=positions(mask), logits_to_keep",
+        "logits_to_keep",
+        "log-probabilities depend on batch mates; the warm start is poor, the curve restless",
+        "test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates"),
+    Bug("no position ids when speaking",
+        "position_ids=positions(mask)[:, -ids.shape[1] :],",
+        "",
+        "play is worse in batches than alone",
+        "test_greedy_speech_is_the_same_alone_and_in_company"),
+    Bug("rows come back in the order of their lengths",
+        "[torch.tensor(sum(chunks, [])).argsort()]",
+        "",
+        "flat: each utterance gets another one's advantage",
+        "test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates"),
+    Bug("top-k left on",
+        "p = out.logits[:, -1].float().softmax(1)[rows]",
+        "z = out.logits[:, -1].float(); p = z.masked_fill(z < z.topk(min(50, z.shape[1]))[0][:, -1:], -1e9).softmax(1)[rows]",
+        "an utterance outside the first 50 tokens is never tried: the curve ends early, below the optimum",
+        "test_every_token_can_be_said"),
+    Bug("dropout left on in the actor",
+        "self.tokenizer, self.utterance_tokens = model.eval(),",
+        "self.tokenizer, self.utterance_tokens = model.train(),",
+        "scored is not what was sampled: a noisier, slower rise",
+        "test_dropout_is_off"),
+    Bug("dropout left on in the critic",
+        "self.encoder, self.tokenizer = encoder.eval(),",
+        "self.encoder, self.tokenizer = encoder.train(),",
+        "`q_loss` and `v_loss` settle higher; the actor follows noise",
+        "test_dropout_is_off"),
+    Bug("a long state loses its end",
+        "[-self.room :]",
+        "[: self.room]",
+        "play is fine until dialogues outgrow the context, then blind",
+        "test_a_state_longer_than_the_context_loses_its_beginning"),
+    Bug("padding counts in the critic's mean",
+        "mask.sum(1, keepdim=True)",
+        "mask.shape[1]",
+        "the critic sees a text differently in each batch: losses settle higher",
+        "test_embedding_a_text_does_not_depend_on_the_others"),
+    Bug("soft update reversed",
+        "t.lerp_(o, tau)",
+        "t.lerp_(o, 1 - tau)",
+        "hardly a target network any more: as with targets from the online network",
+        "test_exact_alg1_lines_12_to_15_as_written"),
+    Bug("soft update into the wrong network",
+        "t.lerp_(o, tau)",
+        "o.lerp_(t, tau)",
+        "each step takes back a part of what was learned: `value` hardly leaves its start",
+        "test_exact_alg1_lines_12_to_15_as_written"),
+    Bug("targets never synced",
+        "soft_update(target, critic, c.tau)",
+        "pass",
+        "`value` learns the next reward only; nothing travels back from late rewards",
+        "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
+    Bug("the same fresh utterances in every critic step",
+        "fresh[k * c.critic_batch : (k + 1) * c.critic_batch]",
+        "fresh[: c.critic_batch]",
+        "V is the value of what would be said elsewhere: wrong `value`, advantages mostly positive or mostly negative",
+        "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
+    Bug("the ring forgets to wrap",
+        "self.ring[self.next] = transition",
+        "self.ring[-1] = transition",
+        "once the buffer is full the critic sees the oldest play for ever: progress stops there",
+        "test_the_ring_holds_the_last_transitions_and_samples_them_evenly"),
+    Bug("the ring wraps one early",
+        "(self.next + 1) % self.capacity",
+        "(self.next + 1) % (self.capacity - 1)",
+        "none to speak of; some transitions never leave",
+        "test_the_ring_holds_the_last_transitions_and_samples_them_evenly"),
+    Bug("stale log-probabilities: a copy of the actor is trained",
+        "policy_gradient(actor, critic, [",
+        "policy_gradient(copy.deepcopy(actor), critic, [",
+        "perfectly flat, while every loss looks sane",
+        "test_exact_alg1_lines_20_to_22_move_the_actor_once_the_warm_up_is_over"),
+    Bug("actor steps during the warm-up",
+        "c.actor_steps if iteration >= c.warmup_iterations else 0",
+        "c.actor_steps",
+        "a drop in the first iterations, from a critic that knows nothing; it may never recover",
+        "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
+    Bug("gradients pile up",
+        "optimizer.zero_grad()",
+        "pass",
+        "old batches steer for ever: restless losses, then collapse",
+        "test_descend_takes_one_clipped_step_from_fresh_gradients"),
+    Bug("gradients are not clipped",
+        "nn.utils.clip_grad_norm_(network.parameters(), clip)",
+        "pass",
+        "a rare large batch throws the critic off: spikes in `q_loss`, dents in the return",
+        "test_descend_takes_one_clipped_step_from_fresh_gradients"),
+]  # fmt: skip
+
+
+def zoo_table():
+    """README's table of bugs."""
+    return ["| bug | what to expect in the curve | the test that turns red |", "|---|---|---|",
+            *(f"| {bug.name} | {bug.symptom} | `{bug.test}` |" for bug in ZOO)]
+
+
+@functools.cache
+def passes_on_the_original(test):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        against(archer, test, monkeypatch)
+    return True
+
+
+@pytest.mark.parametrize("bug", ZOO, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_zoo(bug, monkeypatch):
+    """The line stands in archer.py exactly once; with the bug in it the named test fails, without it passes."""
+    source, mutant = inspect.getsource(archer), types.ModuleType("archer")
+    assert source.count(bug.original) == 1, "archer.py has changed: bring this bug up to date"
+    assert passes_on_the_original(bug.test)
+    exec(compile(source.replace(bug.original, bug.mutated), f"archer.py with {bug.name}", "exec"), vars(mutant))
+    with pytest.raises(AssertionError):
+        against(mutant, bug.test, monkeypatch)
+
+
+def test_zoo_stands_in_readme():
+    """Made by: python test_archer.py zoo"""
+    assert "\n".join(zoo_table()) in README
+
+
 if __name__ == "__main__":
-    collect(sys.argv[1:])
+    print("\n".join(zoo_table())) if sys.argv[1:] == ["zoo"] else collect(sys.argv[1:])
