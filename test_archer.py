@@ -195,6 +195,16 @@ def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
         assert gradients(reached) > 0 and gradients(spared) == 0 and gradients(critic.encoder) > 0
 
 
+def test_each_head_has_its_own_row(models):
+    _, critic = models
+    e_s, e_a = critic.embed(STATES).detach(), critic.embed(STATES[::-1]).detach()
+    for heads, rows in ((critic.q_heads, lambda: critic.q(e_s, e_a)), (critic.v_heads, lambda: critic.v(e_s))):
+        for k in range(2):
+            critic.zero_grad(set_to_none=True)
+            rows()[k].sum().backward()
+            assert gradients(heads[k]) > 0 and gradients(critic) == gradients(heads[k])
+
+
 def test_embedding_a_text_does_not_depend_on_the_others(models):
     _, critic = models
     texts = [*STATES, *WORDS, *STATES]
@@ -870,6 +880,64 @@ def test_exact_alg1_lines_20_to_22_move_the_actor_once_the_warm_up_is_over():
     assert moved == [False, True]
 
 
+def spied(monkeypatch, *names):
+    """[(name, arguments, result)] of every call of these functions of archer, as they come."""
+    calls = []
+
+    def spy(name, function):
+        def call(*arguments):
+            result = function(*arguments)
+            calls.append((name, arguments, result))
+            return result
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(archer, name, spy(name, getattr(archer, name)))
+    return calls
+
+
+def test_exact_alg1_line_by_line():
+    """Who calls whom, in which order, with what: networks, optimizers' limits, transitions and states."""
+    torch.manual_seed(0)
+    actor, critic = table_actor(some_logits()), TableCritic()
+    c = parrot_config(iterations=1, warmup_iterations=0, episodes=64, actor_steps=2, clip=0.5)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = spied(monkeypatch, "rollout", "critic_loss", "descend", "soft_update", "policy_gradient")
+        archer.train(Parrot, actor, critic, [], c)
+    steps = ["critic_loss", "descend", "soft_update"] * 20 + ["policy_gradient", "descend"] * 2
+    assert [name for name, *_ in calls] == ["rollout", *steps]
+    of = lambda wanted: [(arguments, result) for name, arguments, result in calls if name == wanted]
+    played = {t[:2] + t[3:] for episode in of("rollout")[0][1] for t in episode}
+    assert {t[:2] + t[3:] for (_, _, batch, *_), _ in of("critic_loss") for t in batch} == played  # all that was played, at once
+    assert [arguments[1] for arguments, _ in of("descend")] == [critic] * 20 + [actor] * 2
+    assert {arguments[3] for arguments, _ in of("descend")} == {0.5}
+    assert all(online is critic and target is not critic for (target, online, _), _ in of("soft_update"))
+
+
+def test_exact_eq3_takes_its_states_from_the_whole_buffer():
+    """Off-policy in the states: one episode cannot visit them all, the buffer holds them all."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = spied(monkeypatch, "policy_gradient")
+        c = parrot_config(iterations=1, warmup_iterations=0, actor_steps=1)
+        archer.train(Parrot, table_actor(some_logits()), TableCritic(), parrot_demonstrations(), c)
+    assert {s for _, (_, _, states), _ in calls for s in states} == set(POSITIONS)
+
+
+def test_exact_warm_start_copies_its_teacher():
+    """Maximum likelihood: from nothing, the actor comes to say everything as often as its teacher, at a falling rate."""
+    torch.manual_seed(0)
+    pi, actor = policy(some_logits()), table_actor({context: dict.fromkeys("ab\n", 0.0) for context in CONTEXTS})
+    said = [(s, a, actor.tokenizer.encode(tokens(a))) for s, a in LAW for _ in range(round(64 * pi[s, a]))]
+    c = parrot_config(warm_start_steps=150, warm_start_lr=0.1, warm_start_batch=256)
+    rates, descend = [], archer.descend
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(archer, "descend", lambda *x: (rates.append(x[2].param_groups[0]["lr"]), descend(*x)))
+        archer.warm_start(actor, [archer.Transition(s, a, ids, 0.0, s, False) for s, a, ids in said], c)
+    assert rates == pytest.approx([0.1 * (1 - k / 150) for k in range(150)])
+    assert statistics.mean(abs(p - pi[k]) for k, p in policy(logits_of(actor)).items()) < 0.01
+
+
 def test_exact_alg1_comes_near_the_optimal_policy():
     """All of it, with nothing told: at least 85 % of the way from the first policy to the best one."""
     torch.manual_seed(0)
@@ -1201,7 +1269,7 @@ ZOO = [
     Bug("Q's target from the online network",
         "next_v = target.v(target.embed(s2))",
         "next_v = critic.v(critic.embed(s2))",
-        "`q_loss` is restless; `value` overshoots `discounted_return`, more with every step a larger learning rate",
+        "`q_loss` is restless; `value` overshoots `discounted_return`, the more so the larger the learning rate",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V's target from the online network",
         "fresh_q = target.q(target.embed(s), target.embed(fresh))",
@@ -1339,6 +1407,31 @@ ZOO = [
         "pass",
         "`value` learns the next reward only; nothing travels back from late rewards",
         "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
+    Bug("targets synced once an iteration",
+        "soft_update(target, critic, c.tau)",
+        "soft_update(target, critic, c.tau) if k == 0 else None",
+        "as above, later: a reward travels back only a part of a turn an iteration",
+        "test_exact_alg1_line_by_line"),
+    Bug("the target is the critic itself",
+        "target = copy.deepcopy(critic).requires_grad_(False)",
+        "target = critic",
+        "as with targets from the online network",
+        "test_exact_alg1_line_by_line"),
+    Bug("one head twice",
+        "for head in self.q_heads]",
+        "for head in [self.q_heads[0]] * 2]",
+        "none in the losses; the minimum guards against nothing: as with mean in place of min",
+        "test_each_head_has_its_own_row"),
+    Bug("states of the last play only",
+        "[t.s for t in buffer.sample(c.actor_batch)]",
+        "[t.s for e in episodes for t in e][: c.actor_batch]",
+        "a state that is no longer visited is forgotten: good play is lost and found again",
+        "test_exact_eq3_takes_its_states_from_the_whole_buffer"),
+    Bug("the warm start learns the states by heart",
+        "loss = -(log_p * spoken).sum() / spoken.sum()",
+        "loss = -log_p.mean()",
+        "the first point is lower: a part of the warm start went into reciting states",
+        "test_exact_warm_start_copies_its_teacher"),
     Bug("the same fresh utterances in every critic step",
         "fresh[k * c.critic_batch : (k + 1) * c.critic_batch]",
         "fresh[: c.critic_batch]",
