@@ -929,13 +929,13 @@ def test_exact_warm_start_copies_its_teacher():
     torch.manual_seed(0)
     pi, actor = policy(some_logits()), table_actor({context: dict.fromkeys("ab\n", 0.0) for context in CONTEXTS})
     said = [(s, a, actor.tokenizer.encode(tokens(a))) for s, a in LAW for _ in range(round(64 * pi[s, a]))]
-    c = parrot_config(warm_start_steps=150, warm_start_lr=0.1, warm_start_batch=256)
+    c = parrot_config(warm_start_steps=200, warm_start_lr=0.1, warm_start_batch=512)
     rates, descend = [], archer.descend
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(archer, "descend", lambda *x: (rates.append(x[2].param_groups[0]["lr"]), descend(*x)))
         archer.warm_start(actor, [archer.Transition(s, a, ids, 0.0, s, False) for s, a, ids in said], c)
-    assert rates == pytest.approx([0.1 * (1 - k / 150) for k in range(150)])
-    assert statistics.mean(abs(p - pi[k]) for k, p in policy(logits_of(actor)).items()) < 0.01
+    assert rates == pytest.approx([0.1 * (1 - k / 200) for k in range(200)])
+    assert statistics.mean(abs(p - pi[k]) for k, p in policy(logits_of(actor)).items()) < 0.006
 
 
 def test_exact_alg1_comes_near_the_optimal_policy():
