@@ -195,6 +195,27 @@ def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
         assert gradients(reached) > 0 and gradients(spared) == 0 and gradients(critic.encoder) > 0
 
 
+def test_q_learns_through_state_and_utterance(models):
+    """A gradient reaches the embedding of both."""
+    _, critic = models
+    target, embed, embedded = copy.deepcopy(critic).requires_grad_(False), critic.embed, []
+
+    def kept(texts):
+        embedded.append(embed(texts))
+        embedded[-1].retain_grad()
+        return embedded[-1]
+
+    critic.embed = kept
+    archer.critic_loss(critic, target, some_batch(), ["go up"] * 12, 0.9)[0].backward()
+    assert len(embedded) == 2 and all(e.grad is not None and e.grad.abs().sum() > 0 for e in embedded)
+
+
+def test_heads_start_as_wide_as_they_are_told():
+    """Orthogonal weights: all singular values are the gain."""
+    for layer in archer.DoubleCritic.head(6, 4, 1.7)[::2]:
+        assert torch.allclose(torch.linalg.svdvals(layer.weight), torch.tensor(1.7))
+
+
 def test_each_head_has_its_own_row(models):
     _, critic = models
     e_s, e_a = critic.embed(STATES).detach(), critic.embed(STATES[::-1]).detach()
@@ -450,6 +471,25 @@ def test_a_run_writes_what_it_promises(small_run):
     assert (small_run / "curve.png").read_bytes().startswith(b"\x89PNG")
     dialogues = (small_run / "dialogues.txt").read_text()
     assert "Before training" in dialogues and "After training" in dialogues
+
+
+def test_the_table_tells_sampled_from_greedy_play(tmp_path):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = spied(monkeypatch, "rollout")
+        archer.main([*SMALL, "--out", str(tmp_path)])
+    tests = [(arguments[4], archer.mean_return(result)) for _, arguments, result in calls if len(arguments) == 5]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert tests == [(False, summary["start"]), (False, summary["end"]), (True, summary["greedy"])]
+
+
+def test_metrics_by_hand():
+    """Two episodes, of two turns and of one: means over episodes, values of first states, discounts from the first reward on."""
+    first, second = archer.Transition(":", "a", [], 1.0, ":+", False), archer.Transition(":+", "b", [], 4.0, ":+-", True)
+    critic = TableCritic()
+    line = archer.metrics_of(4, [[first, second], [second]], [(1.0, 3.0), (2.0, 5.0)], [torch.tensor([1.0, 3.0])], critic, 0.5)
+    value = critic.v(critic.embed([":", ":+"])).min(0).values.mean().item()
+    expected = {"iteration": 5, "return": 4.5, "turns": 1.5, "discounted_return": 3.5, "value": value, "q_loss": 1.5, "v_loss": 4.0}
+    assert {name: line[name] for name in expected} == pytest.approx(expected)
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(small_run, tmp_path):
