@@ -27,6 +27,8 @@ import archer
 from archer import Config, ReplayBuffer, Transition
 from envs import GAMES, Detective, TwentyQuestions
 
+torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and wait for it where the core is busy
+
 STATES = ["Welcome. Hall: nothing\n", "Done. Landing: key\n", "Taken. Cellar: key, note on butler\n" * 4, "é ∀ 猫\n", ""]
 STATES += ["no newline"]  # the padding is a newline too: only here does the side of the padding show
 WORDS = ["go north", "accuse butler", "", "x" * 50, "猫 go"]
@@ -565,6 +567,7 @@ def test_a_short_run_learns(tmp_path):
     """A quarter of the default run's work: far above its warm start, and above anything that chance or its teacher reach."""
     torch.set_num_threads(2)
     archer.main(["--iterations", "20", "--warmup-iterations", "9", "--evaluation-episodes", "200", "--out", str(tmp_path)])
+    torch.set_num_threads(1)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["gap_closed"] > 0.3 and summary["end"] > 5.3
 
