@@ -45,16 +45,16 @@ class Config:
     critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
     out: str = ""  # folder to write into; empty: a new one under runs/
 
-    demonstrations: int = 1000  # episodes of sub-optimal play for the warm start; 0: none, the actor must already speak
+    demonstrations: int = 2000  # episodes of sub-optimal play for the warm start; 0: none, the actor must already speak
     warm_start_steps: int = 600  # few: it babbles; many: it copies its teacher's mistakes to the letter
     warm_start_lr: float = 4e-3  # falls to zero over the warm start
     warm_start_batch: int = 128  # transitions in a step of the warm start
 
     iterations: int = 40  # rounds of play, critic steps and actor steps
     warmup_iterations: int = 10  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
-    episodes: int = 32  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
+    episodes: int = 128  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
     utterance_tokens: int = 8  # an utterance is cut here if no newline ends it
-    capacity: int = 20_000  # transitions the buffer holds; small: near on-policy, large: slow to forget
+    capacity: int = 10_000  # transitions the buffer holds; small: near on-policy, large: slow to forget
     demonstrations_in_buffer: bool = True  # Alg. 1, line 2; off: the critic starts from the actor's own play
 
     critic_steps: int = 50  # in an iteration; few: the actor outruns the critic, many: slow
@@ -64,9 +64,9 @@ class Config:
     head_gain: float = 1.4  # initial weights of the critic's heads; torch's default is about 0.6, and learns far slower
     tau: float = 0.2  # soft update; 1: no target network, 0: the target never moves
 
-    actor_steps: int = 4  # in an iteration; many: the actor leaves what the critic has seen
-    actor_batch: int = 128  # states in an actor step
-    actor_lr: float = 2e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
+    actor_steps: int = 3  # in an iteration; many: the actor leaves what the critic has seen
+    actor_batch: int = 256  # states in an actor step
+    actor_lr: float = 4e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
     clip: float = 1.0  # gradient norm, actor and critic apart
 
     evaluation_episodes: int = 500  # fresh episodes behind each number of the final table
@@ -494,7 +494,7 @@ def dialogue(title, episode, actor, critic):
     lines = [f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n")]
     for t, (q, v, A, log_p) in zip(episode, numbers):
         lines.append(f"> {t.a:<24} r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}")
-        lines.append((t.s2.removeprefix(t.s) or t.s2).rstrip("\n"))
+        lines.append((t.s2.removeprefix(t.s.rstrip("\n")) or t.s2).rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 
@@ -569,6 +569,8 @@ def main(arguments=None):
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=comments[field.name], **kind)
+    game = GAMES.get(parser.parse_known_args(arguments)[0].env)
+    parser.set_defaults(**getattr(game, "settings", {}))
     run(Config(**vars(parser.parse_args(arguments))))
 
 

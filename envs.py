@@ -23,6 +23,7 @@ class TextGame:
     start = ()  # the public position at the start, hashable
     limit: int  # turns in an episode
     limit_is_part_of_task: bool  # see `step`
+    settings = {}  # what the command line takes for this game in place of the defaults of archer.py, each with its reason
 
     def rules(self, position, hidden, utterance):
         """(position, hidden, utterance) -> (position, reply, reward, over). Pure: the same input gives the same output."""
@@ -62,7 +63,7 @@ class TextGame:
         """Seeded sub-optimal play: a list of episodes, each a list of (s, a, r, s', done)."""
         rng, played = random.Random(seed), []
         for _ in range(episodes):
-            game, episode, ended, skill = cls(), [], False, rng.uniform(0, 0.57)
+            game, episode, ended, skill = cls(), [], False, rng.uniform(0, 0.5)
             s, _ = game.reset(seed=rng.randrange(2**31))
             while not ended:
                 a = game.demonstrate(rng, skill)
@@ -127,16 +128,17 @@ def _mean_of(values):
 class TwentyQuestions(TextGame):
     """Which of twelve things is it? Ask ("alive?") or guess ("dog?"); the answer is yes, no or, to nonsense, what?
 
-    Reward -1 a turn, 0 on the winning turn; after turn 20 the game is lost. The observation is the whole dialogue so far.
-    Optimum -3.17, in 4.17 turns on average; random play -11.24; demonstrations about -8.9.
+    Reward -1 a turn, 0 on the winning turn; after turn 20 the game is lost. The observation is the whole dialogue so far, an
+    utterance and its answer written as one word: a network of this size learns "alive?no" far sooner than "alive? no", where it
+    would have to find out first which answer belongs to which question.
+    Optimum -3.17, in 4.17 turns on average; random play -10.48; demonstrations about -7.5.
     The paper's game has 157 words (10 in its subset) and an oracle that is itself a language model.
     """
 
+    settings = {"iterations": 80}  # which of twelve guesses a dialogue has ruled out takes longer to learn than Detective
     facts = {
         "alive?": "dog cow eagle shark rose oak",
         "big?": "cow oak car boat",
-        "flies?": "eagle kite",
-        "at sea?": "shark boat",
         "at home?": "dog rose piano spoon book kite",
     }
     hidden_things = ("dog", "cow", "eagle", "shark", "rose", "oak", "car", "boat", "piano", "spoon", "book", "kite")
@@ -153,17 +155,7 @@ class TwentyQuestions(TextGame):
         return position, "yes" if (utterance, hidden) in self.yes else "no", -1.0, False
 
     def observe(self):
-        return "Questions:\n" + "".join(f"{u} {reply}\n" for u, reply in self.history)
-
-    def demonstrate(self, rng, skill):
-        """Goes down its list of things from a random place, asks now and then, and pays no attention to the answers."""
-        if rng.random() < 0.15:
-            return rng.choice(self.utterances)
-        if rng.random() < 0.2:
-            return rng.choice(tuple(self.facts))
-        guesses = [u[:-1] for u, _ in self.history if u[:-1] in self.hidden_things]
-        k = self.hidden_things.index(guesses[-1]) + 1 if guesses else rng.randrange(len(self.hidden_things))
-        return self.hidden_things[k % len(self.hidden_things)] + "?"
+        return "Questions:" + "".join(f" {u}{reply}" for u, reply in self.history) + "\n"
 
 
 class Detective(TextGame):
@@ -172,7 +164,7 @@ class Detective(TextGame):
     Reward 1 for the key, 2 for the note, 7 for accusing the one whom the note names. To accuse anybody else ends the game with
     nothing; without the note it is refused. Play is cut after 30 turns. The observation is the last answer, the room and the
     possessions, which is all that matters: the state is Markov, apart from the culprit, whom the note reveals.
-    Optimum 10, in 10 turns; random play 0.23; demonstrations about 4.2.
+    Optimum 10, in 10 turns; random play 0.23; demonstrations about 3.7.
     The paper's game is a published text adventure of 50 to 60 turns with one fixed culprit and a score at milestones.
     """
 
