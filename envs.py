@@ -135,7 +135,9 @@ class TwentyQuestions(TextGame):
     The paper's game has 157 words (10 in its subset) and an oracle that is itself a language model.
     """
 
-    settings = {"iterations": 80}  # which of twelve guesses a dialogue has ruled out takes longer to learn than Detective
+    # Which guesses a dialogue has ruled out takes longer to learn than anything in Detective; short dialogues fill a buffer slowly,
+    # and in a larger one old play would drown what the actor says now.
+    settings = {"iterations": 80, "capacity": 6000}
     facts = {
         "alive?": "dog cow eagle shark rose oak",
         "big?": "cow oak car boat",
