@@ -1,6 +1,6 @@
 """ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model learns to act over many turns.
 
-Two learners run at once. A critic learns off-policy, from a replay buffer, what a whole utterance is worth: Eqs. 1 and 2.
+Two learners take turns. A critic learns off-policy, from a replay buffer, what a whole utterance is worth: Eqs. 1 and 2.
 The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward: Eq. 3.
 
     python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: about a minute
@@ -37,7 +37,7 @@ from envs import GAMES
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. A comment says what a setting is, and what its extremes do."""
+    """Every setting. A comment says what it is, and what its extremes do."""
 
     env: str = "detective"  # the game, a name in GAMES
     seed: int = 0  # of everything random; on one CPU the same seed gives the same run, bit for bit
@@ -45,31 +45,31 @@ class Config:
     critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
     out: str = ""  # folder to write into; empty: a new one under runs/
 
-    demonstrations: int = 2000  # episodes of sub-optimal play for the warm start; 0: none, the actor must already speak
+    demonstrations: int = 2000  # episodes of sub-optimal play; 0: no warm start, the actor must already speak
     warm_start_steps: int = 600  # few: it babbles; many: it copies its teacher's mistakes to the letter
-    warm_start_lr: float = 4e-3  # falls to zero over the warm start
-    warm_start_batch: int = 128  # transitions in a step of the warm start
+    warm_start_lr: float = 4e-3  # falls to zero over the warm start; large: the loss diverges, small: it babbles
+    warm_start_batch: int = 128  # transitions in a step of the warm start; small: noisy, large: slow
 
-    iterations: int = 40  # rounds of play, critic steps and actor steps
+    iterations: int = 40  # rounds of play, critic steps and actor steps; few: still rising, many: nothing new is learned
     warmup_iterations: int = 10  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
     episodes: int = 128  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
-    utterance_tokens: int = 8  # an utterance is cut here if no newline ends it
+    utterance_tokens: int = 8  # an utterance is cut here if no newline ends it; small: half sentences, large: slow babble
     capacity: int = 10_000  # transitions the buffer holds; small: near on-policy, large: slow to forget
-    demonstrations_in_buffer: bool = True  # Alg. 1, line 2; off: the critic starts from the actor's own play
+    demonstrations_in_buffer: bool = True  # the buffer begins with them, the last that fit; off: only the actor's own play
 
     critic_steps: int = 50  # in an iteration; few: the actor outruns the critic, many: slow
-    critic_batch: int = 256  # transitions in a critic step
-    critic_lr: float = 1e-3  # a pretrained encoder wants 2e-5
+    critic_batch: int = 256  # transitions in a critic step; small: noisy, large: slow
+    critic_lr: float = 1e-3  # large: Q runs away, small: slow; a pretrained encoder wants 2e-5
     gamma: float = 0.97  # discount a turn; 0: only the next reward counts, 1: late is as good as soon
     head_gain: float = 1.4  # initial weights of the critic's heads; torch's default is about 0.6, and learns far slower
     tau: float = 0.2  # soft update; 1: no target network, 0: the target never moves
 
-    actor_steps: int = 3  # in an iteration; many: the actor leaves what the critic has seen
-    actor_batch: int = 256  # states in an actor step
-    actor_lr: float = 4e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
-    clip: float = 1.0  # gradient norm, actor and critic apart
+    actor_steps: int = 4  # in an iteration; 0: only the critic learns, many: the actor leaves what the critic has seen
+    actor_batch: int = 128  # states in an actor step; small: noisy, large: slow
+    actor_lr: float = 3e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
+    clip: float = 1.0  # gradient norm, actor and critic apart; tiny: every step has the same length, huge: no clipping
 
-    evaluation_episodes: int = 500  # fresh episodes behind each number of the final table
+    evaluation_episodes: int = 500  # fresh episodes behind each number of the final table; few: noisy
 
 
 # ======================================================================================================================
@@ -129,7 +129,7 @@ def positions(mask):
 
 
 def sample(p):
-    """One index a row, with the probabilities p [B, V]: the first whose cumulated probability passes a uniform draw."""
+    """One index a row, with the probabilities p [B, N]: the first whose cumulated probability passes a uniform draw."""
     cumulated = p.cumsum(1)
     draw = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, draw, right=True).squeeze(1).clamp(max=p.shape[1] - 1)
@@ -276,7 +276,10 @@ def v_loss(v, fresh_q):
 
 
 def advantage(q, v):
-    """min Q - min V, [B], of [2, B] each: how much better than its usual talk is this utterance? (Sec. 3)"""
+    """min Q - min V, [B], of [2, B] each: how much better than its usual talk is this utterance? (Sec. 3)
+
+    The lower of two heads: what one of them overrates by chance is not reinforced.
+    """
     return q.min(0).values - v.min(0).values
 
 
@@ -309,7 +312,8 @@ def critic_loss(critic, target, batch, fresh, gamma):
 
 
 def policy_gradient(actor, critic, s):
-    """Eq. 3 at the states s: new utterances, judged by the critic; the logged ones play no part. Returns (loss, advantages)."""
+    """Eq. 3 at the states s: new utterances, judged by the online critic; the logged ones play no part. The advantage is neither
+    centred nor scaled. Returns (loss, advantages)."""
     a, token_ids = actor.act(s)
     with torch.no_grad():
         e_s = critic.embed(s)
@@ -440,7 +444,7 @@ def load(model_class, name):
     from transformers import AutoTokenizer
 
     try:
-        return model_class.from_pretrained(name), AutoTokenizer.from_pretrained(name, truncation_side="left")
+        return model_class.from_pretrained(name, trust_remote_code=False), AutoTokenizer.from_pretrained(name, truncation_side="left")
     except (OSError, ValueError) as error:
         fail(f"cannot load a model and its tokenizer from {name!r}: {str(error).splitlines()[0]}")
 
@@ -474,11 +478,12 @@ def mean_return(episodes):
 
 
 def metrics_of(iteration, episodes, losses, advantages, critic, gamma):
-    """A line of metrics.jsonl. An honest critic's `value` of the first states is the `discounted_return` earned from them."""
+    """A line of metrics.jsonl. An honest critic's `value` of the first states is close to the `discounted_return`
+    earned from them, or somewhat higher where play is cut: V counts what would have followed."""
     with torch.no_grad():
         value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
     discounted = sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
-    (q_loss, v_loss), A = torch.tensor(losses).mean(0).tolist(), torch.cat([torch.zeros(2), *advantages])
+    (q_loss, v_loss), A = torch.tensor(losses).mean(0).tolist(), torch.cat(advantages) if advantages else torch.zeros(2)
     numbers = {"iteration": iteration + 1, "return": mean_return(episodes), "turns": sum(map(len, episodes)) / len(episodes)}
     return numbers | {"discounted_return": discounted, "value": value, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std().item()}
 
@@ -533,7 +538,7 @@ def run(c):
     played = game.demonstrations(c.demonstrations, c.seed) if c.demonstrations and hasattr(game, "demonstrations") else []
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
     folder = make_folder(c)
-    demonstrations = [Transition(s, a, [*actor.encode([a])[0], actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
+    demonstrations = [Transition(s, a, [*actor.tokens_of(a), actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
     if demonstrations:
         warm_start(actor, demonstrations, c)
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)

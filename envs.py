@@ -137,7 +137,7 @@ class TwentyQuestions(TextGame):
 
     # Which guesses a dialogue has ruled out takes longer to learn than anything in Detective; short dialogues fill a buffer slowly,
     # and in a larger one old play would drown what the actor says now.
-    settings = {"iterations": 80, "capacity": 6000}
+    settings = {"iterations": 95, "capacity": 6000}
     facts = {
         "alive?": "dog cow eagle shark rose oak",
         "big?": "cow oak car boat",

@@ -1263,15 +1263,36 @@ def tables():
     return lines
 
 
+def plot_games(curves, path):
+    """A panel a game: every seed's return against the episodes played, between random play and the optimum."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(curves), 3.2), layout="constrained")
+    for axes, (name, runs) in zip(np.ravel(figure.subplots(1, len(curves))), curves.items()):
+        for _, x, returns in runs:
+            axes.plot(x, returns, color="#0072B2", linewidth=1, alpha=0.7)
+        for level, style in (("optimum", "--"), ("random", ":")):
+            if runs:
+                axes.axhline(runs[0][0][level], color="black", linestyle=style, linewidth=1, label=f"{level} {runs[0][0][level]:.2f}")
+        axes.set(title=f"{name}, {len(runs)} seeds", xlabel="episodes played")
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("return of an episode, sampled")
+    figure.savefig(path, dpi=110)
+
+
 def collect(folders):
-    """Writes assets/results.jsonl from the folders of finished runs, and prints README's tables:
+    """Writes assets/results.jsonl and assets/games.png from the folders of finished runs, and prints README's tables:
     python test_archer.py runs/*"""
-    default, lines = dataclasses.asdict(Config()), []
+    default, lines, curves = dataclasses.asdict(Config()), [], {name: [] for name in GAMES}
     for folder in sorted(map(pathlib.Path, folders)):
-        config = json.loads((folder / "config.json").read_text())
+        config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
         usual = default | GAMES[config["env"]].settings
         changed = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if k not in ("seed", "out") and v != usual[k]]
-        lines.append({"settings": f"`{' '.join(changed)}`" if changed else "default", **json.loads((folder / "summary.json").read_text())})
+        lines.append({"settings": f"`{' '.join(changed)}`" if changed else "default", **summary})
+        if changed in ([], [f"--env {config['env']}"]):
+            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            curves[config["env"]].append((summary, [m["iteration"] * config["episodes"] for m in metrics], [m["return"] for m in metrics]))
+    plot_games(curves, HERE / "assets" / "games.png")
     lines.sort(key=lambda run: (run["settings"] != "default", run["game"], run["settings"], run["seed"]))
     (HERE / "assets" / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in lines))
     print("\n".join(tables()))
