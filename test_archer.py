@@ -16,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 import types
 import typing
 
@@ -25,7 +26,7 @@ import torch
 
 import archer
 from archer import Config, ReplayBuffer, Transition
-from envs import GAMES, Detective, TwentyQuestions
+from envs import GAMES, Detective, TwentyQuestions, WebShop
 
 torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and wait for it where the core is busy
 
@@ -371,9 +372,40 @@ def play(game, speak, seed):
 
 @pytest.mark.parametrize("name", GAMES)
 def test_the_optimal_player_earns_the_optimal_return(name):
-    returns = [play(GAMES[name](), lambda g: g.best_utterance(), seed) for seed in range(3000)]
+    returns = [play(GAMES[name](), lambda g: g.best_utterance(), seed) for seed in range(10_000)]
     error = 3 * statistics.pstdev(returns) / len(returns) ** 0.5 + 1e-9
     assert abs(statistics.mean(returns) - GAMES[name].optimal_return()) <= error
+
+
+def policies(game, n):
+    """Policies that follow the best player, but for slips: never, always, or anything between. A policy is what it says at
+    (position, belief, turns left); asked once at every history, it is a fixed one."""
+    for k in range(n):
+        rng = random.Random(k)
+        yield lambda *at, slips=k / (n - 1): rng.choice(game.utterances) if rng.random() < slips else game.best(*at)
+
+
+def exact_return_of(game, speak, position, belief, turns_left):
+    """By following every answer that the rules may give, and nothing else."""
+    if not turns_left:
+        return 0.0
+    said, answers, total = speak(position, belief, turns_left), {}, 0.0
+    for hidden in belief:
+        answers.setdefault(game.rules(game, position, hidden, said), []).append(hidden)
+    for (position2, _, reward, over), left in answers.items():
+        later = 0.0 if over else exact_return_of(game, speak, position2, tuple(left), turns_left - 1)
+        total += len(left) / len(belief) * (reward + later)
+    return total
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_no_policy_beats_the_optimum(name):
+    """Random search over 1,000 of them, each judged exactly. The first never slips: it reaches the optimum."""
+    game = GAMES[name]
+    starts = [(h,) for h in game.hidden_things] if game.public else [game.hidden_things]
+    found = [statistics.mean(exact_return_of(game, speak, game.start, belief, game.limit) for belief in starts)
+             for speak in policies(game, 1000)]
+    assert max(found) == pytest.approx(found[0]) == pytest.approx(game.optimal_return())
 
 
 @pytest.mark.parametrize("name", GAMES)
@@ -407,11 +439,47 @@ def test_any_utterance_is_legal_and_costs_a_turn(name):
                 break
 
 
-def test_the_turn_limit_ends_twenty_questions_and_cuts_detective():
-    for game, end in ((TwentyQuestions(), (True, False)), (Detective(), (False, True))):
-        game.reset(seed=0)
-        ends = [game.step("")[2:4] for _ in range(game.limit)]
-        assert set(ends[:-1]) == {(False, False)} and ends[-1] == end
+@pytest.mark.parametrize("name", GAMES)
+def test_the_turn_limit_ends_a_game_that_shows_the_turn_and_cuts_one_that_does_not(name):
+    game, shown = GAMES[name](), []
+    shown.append(game.reset(seed=0)[0])
+    for _ in range(game.limit):
+        shown.append(game.step("")[0])
+    ends = [(False, False)] * (game.limit - 1) + [(game.limit_is_part_of_task, not game.limit_is_part_of_task)]
+    game.reset(seed=0)
+    assert [game.step("")[2:4] for _ in range(game.limit)] == ends
+    assert (len(set(shown)) == len(shown)) == game.limit_is_part_of_task
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_every_episode_can_be_won(name):
+    """And a random one cannot be won by luck: whatever is hidden, the best player earns more than half-way from chance to optimum."""
+    game = GAMES[name]()
+    for hidden in game.hidden_things:
+        game.reset(options={"hidden": hidden})
+        earned, over = 0.0, False
+        while not over:
+            _, reward, terminated, truncated, _ = game.step(game.best_utterance())
+            earned, over = earned + reward, terminated or truncated
+        assert terminated and game.turns < game.limit and 2 * earned > game.random_return() + game.optimal_return()
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_text_tells_no_more_than_the_rules(name):
+    """Whatever else could have been hidden, as the rules have answered so far, shows the same text, letter by letter."""
+    rng, game, other = random.Random(0), GAMES[name](), GAMES[name]()
+    for seed in range(40):
+        game.reset(seed=seed)
+        said, shown, over = [], [], False
+        while not over:
+            said.append(any_text(rng) if rng.random() < 0.1 else game.demonstrate(rng, 0.3))
+            observation, *_, terminated, truncated, _ = game.step(said[-1])
+            shown.append(observation)
+            over = terminated or truncated
+        assert game.hidden in game.belief
+        for hidden in rng.choices(game.belief, k=3):
+            other.reset(options={"hidden": hidden})
+            assert [other.step(u)[0] for u in said] == shown
 
 
 def test_optima_are_not_trivial():
@@ -448,6 +516,73 @@ def test_detective_hides_the_culprit_until_the_note_is_taken():
         assert culprit in game.step("take note")[0]
         assert game.step(f"accuse {culprit}")[1:3] == (7.0, True)
     assert len(seen) == 1
+
+
+def visit(wish, *said):
+    """A visit to the shop: (what it showed last, the reward, whether it is over)."""
+    game = WebShop()
+    game.reset(options={"hidden": wish})
+    for u in said:
+        observation, reward, over, _, _ = game.step(u)
+    return observation.split(":")[-1].strip(), reward, over
+
+
+def test_web_shop_pays_the_share_of_the_wishes_that_the_bought_article_meets():
+    wish = ("small", "red", "lamp", 20)
+    assert wish in WebShop.hidden_things
+    for said, paid in [
+        (("search red lamp", "open alba", "choose small", "buy"), 1.0),
+        (("search red lamp", "open alba", "choose large", "buy"), 0.75),  # it comes in small only: nothing was chosen
+        (("search red lamp", "open bora", "choose small", "buy"), 0.75),  # too dear
+        (("search rug", "open erba", "choose large", "buy"), 0.25),
+        (("search green bag", "open onda", "buy"), 0.0),
+        (("search red lamp", "open alba", "choose small", "search red lamp", "open alba", "buy"), 0.75),  # chosen before, and lost
+    ]:
+        assert visit(wish, *said)[1:] == (paid, True)
+    for said in (("buy",), ("search red lamp", "buy"), ("open alba", "buy"), ("search rug", "open alba", "buy")):
+        assert visit(wish, *said)[1:] == (0.0, False)  # nothing is open
+
+
+def test_web_shop_finds_by_words_and_sells_only_what_it_has_listed():
+    wish = WebShop.hidden_things[0]
+    found = lambda text: [word.split("/")[0] for word in visit(wish, f"search {text}")[0].split()]
+    assert found("lamp") == ["alba", "bora", "cielo"] and found("a LAMP that is  red, please") == ["alba", "bora", "cielo"]
+    assert found("red lamp") == found("lamp red") == ["alba", "bora", "cielo"]
+    assert found("green bag")[:2] == ["neve", "onda"] and found("gatto") == ["gatto"] and found("dragon") == ["nothing"]
+    assert visit(wish, "search lamp", "open dama")[0] == "no" and visit(wish, "search green lamp", "open dama")[0] == "small"
+    assert visit(wish, "search red lamp", "open alba bora cielo")[0] == "no"
+    sold = {(size, *rest) for sizes, *rest in WebShop.catalogue.values() for size in sizes.split()}
+    for size, colour, kind, most in WebShop.hidden_things:
+        assert any((size, colour, kind) == article[:3] and article[3] <= most for article in sold)
+
+
+class Echo:
+    """A game as Gymnasium's users write them: keyword arguments, spaces, attributes, numpy's numbers, methods nobody calls here."""
+
+    metadata, spec, render_mode = {"render_modes": ["ansi"]}, None, None
+    action_space = observation_space = object()
+
+    def reset(self, *, seed=None, options=None):
+        self.np_random, self.turns = np.random.default_rng(seed), 0
+        self.word = str(self.np_random.choice(["go", "take"]))
+        return f"say {self.word}\n", {"word": self.word}
+
+    def step(self, action):
+        self.turns += 1
+        right = np.array([action.split()[:1] == [self.word]])
+        return f"say {self.word}\n", np.float32(right.sum()), right[0], np.bool_(self.turns == 3), {"action": action}
+
+    def render(self):
+        raise AssertionError
+
+    def close(self):
+        raise AssertionError
+
+
+def test_a_game_written_for_gymnasium_works_unchanged(small_run, tmp_path, monkeypatch):
+    monkeypatch.setitem(GAMES, "echo", Echo)
+    archer.main([*SMALL, "--env", "echo", "--actor", str(small_run / "actor"), "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "summary.json").read_text())["optimum"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1173,6 +1308,20 @@ def test_fuzz_games_take_any_text(name):
             observation, reward, terminated, truncated, _ = game.step(any_text(rng))
             assert observation.endswith("\n") and math.isfinite(reward) and not (terminated and truncated)
             ended = terminated or truncated
+
+
+def test_100_000_steps_of_any_text_are_quick():
+    """The bar is 20,000 a second; half of it here, in processor time, for slower machines."""
+    rng = random.Random(0)
+    for game in (game() for game in GAMES.values()):
+        said = [any_text(rng) if rng.random() < 0.5 else rng.choice(game.utterances) for _ in range(100_000 // len(GAMES))]
+        game.reset(seed=0)
+        began = time.process_time()
+        for u in said:
+            _, _, terminated, truncated, _ = game.step(u)
+            if terminated or truncated:
+                game.reset(seed=rng.randrange(2**31))
+        assert len(said) / (time.process_time() - began) > 10_000, game
 
 
 # ---------------------------------------------------------------------------------------------------------------------
