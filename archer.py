@@ -334,6 +334,7 @@ def rollout(game, actor, episodes, rng, greedy=False):
         still_playing = []
         for i, a, token_ids in zip(playing, *actor.act([states[i] for i in playing], greedy)):
             s2, r, terminated, truncated, _ = games[i].step(a)
+            r = float(r)  # a game may count in numpy's numbers, which json cannot write
             played[i].append(Transition(states[i], a, token_ids, r, s2, terminated))
             states[i] = s2
             if not (terminated or truncated):
