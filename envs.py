@@ -326,6 +326,7 @@ class GuessMyCity(TwentyQuestions):
 
     @classmethod
     def best(cls, position, belief, turns_left):
+        """With fewer turns left than cities, as after poor play, what would be best if there were more."""
         return cls.plan(belief)[1]
 
 
