@@ -300,7 +300,7 @@ class GuessMyCity(TwentyQuestions):
     utterances = (*facts, *guesses)
 
     def observe(self):
-        return "Answers:" + "".join(f" {''.join(u.split()[-1:])}{reply}" for u, reply in self.history) + "\n"
+        return "Answers:" + "".join(f" {u.rpartition(' ')[2]}{reply}" for u, reply in self.history) + "\n"
 
     @classmethod
     @functools.cache
