@@ -436,7 +436,7 @@ def tiny_tokenizer(texts):
     bpe, end = Tokenizer(models.BPE()), "<|endoftext|>"
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, to_bytes]), decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=512, initial_alphabet=to_bytes.alphabet(), special_tokens=[end], show_progress=False))
+        vocab_size=2048, initial_alphabet=to_bytes.alphabet(), special_tokens=[end], show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, model_max_length=256, truncation_side="left")
 
 
@@ -525,7 +525,7 @@ def plot_curve(metrics, summary, c, path):
 def table(summary):
     """The returns of the summary, from chance to the optimum."""
     rows = {"random": "random play, exact", "start": "after the warm start, sampled", "end": "after ArCHer, sampled",
-            "greedy": "after ArCHer, greedy", "optimum": "optimum, exact", "gap_closed": "gap closed, start to optimum"}
+            "greedy": "after ArCHer, greedy", "optimum": "optimum, or a bound on it", "gap_closed": "gap closed, start to optimum"}
     lines = [f"{text:<32}{summary[name]:8.3f}" for name, text in rows.items() if summary[name] is not None]
     return "\n".join(lines) + "\n{episodes} episodes, {utterances} utterances, {seconds:.0f} seconds on {device}".format(**summary)
 

@@ -27,7 +27,7 @@ class TextGame:
     limit: int  # turns in an episode
     limit_is_part_of_task: bool  # see `step`
     skill = 0.5  # of the best demonstrator: how often it says what the best player would say
-    settings = {}  # what the command line takes for this game in place of the defaults of archer.py, each with its reason
+    settings = {}  # what the command line takes for this game in place of archer.py's defaults, each with its reason
 
     def rules(self, position, hidden, utterance):
         """(position, hidden, utterance) -> (position, reply, reward, over). Pure: the same input gives the same output."""

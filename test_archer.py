@@ -1488,16 +1488,16 @@ def plot_games(curves, path):
     """A panel a game: every seed's return against the episodes played, between random play and the optimum."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(curves), 3.2), layout="constrained")
+    curves = {name: runs for name, runs in curves.items() if runs}
+    figure = Figure(figsize=(4 * len(curves), 3.4), layout="constrained")
     for axes, (name, runs) in zip(np.ravel(figure.subplots(1, len(curves))), curves.items()):
         for _, x, returns in runs:
             axes.plot(x, returns, color="#0072B2", linewidth=1, alpha=0.7)
         for level, style in (("optimum", "--"), ("random", ":")):
-            if runs:
-                axes.axhline(runs[0][0][level], color="black", linestyle=style, linewidth=1, label=f"{level} {runs[0][0][level]:.2f}")
-        axes.set(title=f"{name}, {len(runs)} seeds", xlabel="episodes played")
-        axes.legend(fontsize=8)
-    figure.axes[0].set_ylabel("return of an episode, sampled")
+            height = runs[0][0][level]
+            axes.axhline(height, color="black", linestyle=style, linewidth=1, label=f"{level} {height:.2f}")
+        axes.set(title=f"{name}, {len(runs)} seed{'s' * (len(runs) > 1)}", xlabel="episodes played", ylabel="return, sampled play")
+        axes.legend(fontsize=8, loc="right")
     figure.savefig(path, dpi=110)
 
 
