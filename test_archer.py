@@ -1497,7 +1497,7 @@ def plot_games(curves, path):
             height = runs[0][0][level]
             axes.axhline(height, color="black", linestyle=style, linewidth=1, label=f"{level} {height:.2f}")
         axes.set(title=f"{name}, {len(runs)} seed{'s' * (len(runs) > 1)}", xlabel="episodes played", ylabel="return, sampled play")
-        axes.legend(fontsize=8, loc="right")
+        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.12))
     figure.savefig(path, dpi=110)
 
 
