@@ -4,7 +4,7 @@ Two learners take turns. A critic learns off-policy, from a replay buffer, what 
 The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward: Eq. 3.
 
     python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: about a minute
-    python archer.py --env twenty_questions   another game, five to six minutes
+    python archer.py --env twenty_questions   another game, four to six minutes
     python archer.py --help                   every setting; --actor gpt2 --critic roberta-base are the paper's models
 
 First half: the algorithm, in the paper's order; `train` is its Algorithm 1. Second half: the workshop (models, evaluation,
