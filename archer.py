@@ -61,7 +61,7 @@ class Config:
     critic_batch: int = 256  # transitions in a critic step; small: noisy, large: slow
     critic_lr: float = 1e-3  # large: Q runs away, small: slow; a pretrained encoder wants 2e-5
     gamma: float = 0.97  # discount a turn; 0: only the next reward counts, 1: late is as good as soon
-    head_gain: float = 1.4  # initial weights of the critic's heads; torch's default is about 0.6, and learns far slower
+    head_gain: float = 1.4  # initial weights of the critic's heads; 0.6: about torch's default, nearly linear; large: restless
     tau: float = 0.2  # soft update; 1: no target network, 0: the target never moves
 
     actor_steps: int = 4  # in an iteration; 0: only the critic learns, many: the actor leaves what the critic has seen
@@ -224,8 +224,8 @@ class DoubleCritic(nn.Module):
 
     @staticmethod
     def head(width, h, gain):
-        """width-h-h-1 with ReLU. Easy to overlook: with small initial weights a head is nearly linear, so that it takes Q for
-        a state's part plus an utterance's part for a long time, and does not learn which utterance suits which state."""
+        """width-h-h-1 with ReLU. Easy to overlook: with small initial weights a head is nearly linear, and is slow to see Q as
+        more than a state's part plus an utterance's part: which utterance suits which state."""
         layers = [nn.Linear(width, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
         for layer in layers[::2]:
             nn.init.orthogonal_(layer.weight, gain)
@@ -505,7 +505,7 @@ def dialogue(title, episode, actor, critic):
 
 
 def plot_curve(metrics, summary, c, path):
-    """Left: return against episodes, between random play and the exact optimum. Right: what the critic expects at the
+    """Left: return against episodes, between random play and the optimum. Right: what the critic expects at the
     start of an episode against what the actor then earns."""
     x, figure = [m["iteration"] * c.episodes for m in metrics], Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -138,8 +138,8 @@ class TwentyQuestions(TextGame):
     """Which of twelve things is it? Ask ("alive?") or guess ("dog?"); the answer is yes, no or, to nonsense, what?
 
     Reward -1 a turn, 0 on the winning turn; after turn 20 the game is lost. The observation is the whole dialogue so far, an
-    utterance and its answer written as one word: a network of this size learns "alive?no" far sooner than "alive? no", where it
-    would have to find out first which answer belongs to which question.
+    answer joined to the last word of its utterance, "alive?no": in "alive? no" a network of this size would have to find out
+    first which answer belongs to which question.
     Optimum -3.17, in 4.17 turns on average; random play -10.48; demonstrations about -7.5.
     The paper's game has 157 words (10 in its subset) and an oracle that is itself a language model.
     """

@@ -770,6 +770,23 @@ def test_help_shows_every_setting_with_its_comment_and_every_setting_is_read(cap
     assert "1: no target network" in shown
 
 
+def test_a_game_brings_its_own_settings_and_an_option_overrules_them(monkeypatch):
+    run, its = [], TwentyQuestions.settings
+    monkeypatch.setattr(archer, "run", run.append)
+    for arguments in ([], ["--env", "twenty_questions"], ["--env", "twenty_questions", "--capacity", "9"]):
+        archer.main(arguments)
+    usual = (Config.iterations, Config.capacity)
+    assert [(c.iterations, c.capacity) for c in run] == [usual, (its["iterations"], its["capacity"]), (its["iterations"], 9)]
+
+
+def test_an_answer_of_twenty_questions_is_one_token_with_its_question():
+    """With its last word, to be exact: nothing has to be bound together over positions."""
+    episodes = TwentyQuestions.demonstrations(300)
+    tokenizer = archer.tiny_tokenizer([s + a + "\n" + s2 for e in episodes for s, a, _, s2, _ in e])
+    for s, *_ in sum(episodes, []):
+        assert not {"yes", "no"} & set(s.split()) and len(tokenizer.encode(s)) == len(s.split()) + 1, s
+
+
 def test_a_short_run_learns(tmp_path):
     """Less than half of the default run: far above its warm start, and above anything that chance or its teacher reach."""
     archer.main(["--iterations", "18", "--evaluation-episodes", "200", "--out", str(tmp_path)])
