@@ -46,11 +46,11 @@ class Config:
     out: str = ""  # folder to write into; empty: a new one under runs/
 
     demonstrations: int = 2000  # episodes of sub-optimal play; 0: no warm start, the actor must already speak
-    warm_start_steps: int = 600  # few: it babbles; many: it copies its teacher's mistakes to the letter
+    warm_start_steps: int = 1200  # few: it says anything anywhere, and ArCHer starts from there; many: slow
     warm_start_lr: float = 4e-3  # falls to zero over the warm start; large: the loss diverges, small: it babbles
     warm_start_batch: int = 128  # transitions in a step of the warm start; small: noisy, large: slow
 
-    iterations: int = 40  # rounds of play, critic steps and actor steps; few: still rising, many: nothing new is learned
+    iterations: int = 60  # rounds of play, critic steps and actor steps; few: still rising, many: nothing new is learned
     warmup_iterations: int = 10  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
     episodes: int = 128  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
     utterance_tokens: int = 8  # an utterance is cut here if no newline ends it; small: half sentences, large: slow babble
@@ -58,7 +58,7 @@ class Config:
     demonstrations_in_buffer: bool = True  # the buffer begins with them, the last that fit; off: only the actor's own play
 
     critic_steps: int = 50  # in an iteration; few: the actor outruns the critic, many: slow
-    critic_batch: int = 256  # transitions in a critic step; small: noisy, large: slow
+    critic_batch: int = 128  # transitions in a critic step; small: noisy, large: slow
     critic_lr: float = 1e-3  # large: Q runs away, small: slow; a pretrained encoder wants 2e-5
     gamma: float = 0.97  # discount a turn; 0: only the next reward counts, 1: late is as good as soon
     head_gain: float = 1.4  # initial weights of the critic's heads; 0.6: about torch's default, nearly linear; large: restless
@@ -575,8 +575,6 @@ def main(arguments=None):
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=comments[field.name], **kind)
-    game = GAMES.get(parser.parse_known_args(arguments)[0].env)
-    parser.set_defaults(**getattr(game, "settings", {}))
     run(Config(**vars(parser.parse_args(arguments))))
 
 

@@ -770,15 +770,6 @@ def test_help_shows_every_setting_with_its_comment_and_every_setting_is_read(cap
     assert "1: no target network" in shown
 
 
-def test_a_game_brings_its_own_settings_and_an_option_overrules_them(monkeypatch):
-    run, its = [], TwentyQuestions.settings
-    monkeypatch.setattr(archer, "run", run.append)
-    for arguments in ([], ["--env", "twenty_questions"], ["--env", "twenty_questions", "--capacity", "9"]):
-        archer.main(arguments)
-    usual = (Config.iterations, Config.capacity)
-    assert [(c.iterations, c.capacity) for c in run] == [usual, (its["iterations"], its["capacity"]), (its["iterations"], 9)]
-
-
 def test_an_answer_of_twenty_questions_is_one_token_with_its_question():
     """With its last word, to be exact: nothing has to be bound together over positions."""
     episodes = TwentyQuestions.demonstrations(300)
@@ -1505,16 +1496,19 @@ def plot_games(curves, path):
     """A panel a game: every seed's return against the episodes played, between random play and the optimum."""
     from matplotlib.figure import Figure
 
-    curves = {name: runs for name, runs in curves.items() if runs}
-    figure = Figure(figsize=(4 * len(curves), 3.4), layout="constrained")
-    for axes, (name, runs) in zip(np.ravel(figure.subplots(1, len(curves))), curves.items()):
-        for _, x, returns in runs:
-            axes.plot(x, returns, color="#0072B2", linewidth=1, alpha=0.7)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = list(figure.subplots(2, 3).flat)
+    for axes, (name, runs) in zip(panels, curves.items()):
+        for k, (_, x, returns) in enumerate(runs):
+            axes.plot(x, returns, color="#0072B2", linewidth=1, alpha=0.7, label="a seed" if k == 0 else None)
         for level, style in (("optimum", "--"), ("random", ":")):
-            height = runs[0][0][level]
-            axes.axhline(height, color="black", linestyle=style, linewidth=1, label=f"{level} {height:.2f}")
-        axes.set(title=f"{name}, {len(runs)} seed{'s' * (len(runs) > 1)}", xlabel="episodes played", ylabel="return, sampled play")
-        axes.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.12))
+            axes.axhline(runs[0][0][level], color="black", linestyle=style, linewidth=1, label=level)
+        known = "at most " if hasattr(GAMES[name], "bound") else ""
+        axes.set_title(f"{name}: {len(runs)} seeds\nrandom {runs[0][0]['random']:.2f}, optimum {known}{runs[0][0]['optimum']:.2f}", fontsize=9)
+        axes.set_xlabel("episodes played", fontsize=8)
+        axes.set_ylabel("return of an episode, sampled play", fontsize=8)
+    panels[-1].axis("off")
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -1524,8 +1518,7 @@ def collect(folders):
     default, lines, curves = dataclasses.asdict(Config()), [], {name: [] for name in GAMES}
     for folder in sorted(map(pathlib.Path, folders)):
         config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-        usual = default | GAMES[config["env"]].settings
-        changed = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if k not in ("seed", "out") and v != usual[k]]
+        changed = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if k not in ("seed", "out") and v != default[k]]
         lines.append({"settings": f"`{' '.join(changed)}`" if changed else "default", **summary})
         if changed in ([], [f"--env {config['env']}"]):
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
