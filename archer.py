@@ -4,11 +4,11 @@ Two learners take turns. A critic learns off-policy, from a replay buffer, what 
 The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward: Eq. 3.
 
     python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: about a minute
-    python archer.py --env twenty_questions   another game, four to six minutes
+    python archer.py --env twenty_questions   another game, about three minutes
     python archer.py --help                   every setting; --actor gpt2 --critic roberta-base are the paper's models
 
 First half: the algorithm, in the paper's order; `train` is its Algorithm 1. Second half: the workshop (models, evaluation,
-files, command line). Left out: the token-level baseline (Eqs. 4, 5), the offline variants (Eqs. 6, 7), LoRA, several GPUs.
+files, command line). On the first reading skip what Eqs. 4 to 7 and PPO bring: `reinforce` is the default. Left out: LoRA, several GPUs.
 
 Letters inside a function are the paper's: s a state, a an utterance, r a reward, s2 the next state, A an advantage; B is the
 batch, T and L count tokens, H is the encoder's width. Two rows, [2, B], are the two members of a double critic.
@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
-from envs import GAMES
+from envs import GAMES, read_episodes, write_episodes
 
 
 @dataclasses.dataclass
@@ -68,6 +68,17 @@ class Config:
     actor_batch: int = 128  # states in an actor step; small: noisy, large: slow
     actor_lr: float = 3e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
     clip: float = 1.0  # gradient norm, actor and critic apart; tiny: every step has the same length, huge: no clipping
+
+    actor_loss: str = "reinforce"  # Eq. 3; or baseline: Eqs. 4 and 5; ppo: a clipped ratio; awr: Eq. 7, on logged utterances
+    baseline_steps: int = 4  # of the token-level baseline, before an actor step; 0: Eq. 5 with a baseline that never learned, many: slow
+    ppo_epochs: int = 3  # steps on the same fresh utterances; 1: Eq. 3 again, many: clipping stops most of them
+    ppo_clip: float = 0.2  # how far a token's probability ratio may go; 0: nowhere, huge: no clipping
+    awr_beta: float = 1.0  # 0: copies whatever was logged; large: copies the best only
+    critic_loss: str = "td"  # Eqs. 1 and 2; or iql: Eqs. 1 and 6, on logged utterances: nothing is generated
+    expectile: float = 0.9  # of iql; 0.5: V is the mean of what was logged (SARSA), near 1: of its best
+
+    offline: str = ""  # file of episodes to learn from without playing; empty: play
+    save_data: str = ""  # file to write the episodes into, demonstrations and play; empty: none
 
     evaluation_episodes: int = 500  # fresh episodes behind each number of the final table; few: noisy
 
@@ -200,14 +211,17 @@ class Actor(nn.Module):
         for rows in chunks:
             ids, mask = pad([sequences[i] for i in rows], self.end, self.model.device, left=True)
             L = min(longest, ids.shape[1] - 1)
-            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1).logits
-            log_p = torch.log_softmax(logits[:, :-1].float(), -1)  # the logits at i-1 predict token i
-            log_p = log_p.gather(2, ids[:, -L:, None]).squeeze(2)
-            parts.append(nn.functional.pad(log_p, (longest - L, 0)))
+            parts.append(nn.functional.pad(self.per_token(ids, mask, L), (longest - L, 0)))
         log_p = torch.cat(parts)[torch.tensor(sum(chunks, [])).argsort()]
         lengths = torch.tensor([len(a) for a in token_ids], device=log_p.device)
         spoken = torch.arange(longest, 0, -1, device=log_p.device) <= lengths[:, None]
         return log_p, spoken.float()
+
+    def per_token(self, ids, mask, L):
+        """[B, L]: the log-probability of each of the last L tokens, given all before it."""
+        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1).logits
+        log_p = torch.log_softmax(logits[:, :-1].float(), -1)  # the logits at i-1 predict token i
+        return log_p.gather(2, ids[:, -L:, None]).squeeze(2)
 
 
 class DoubleCritic(nn.Module):
@@ -275,6 +289,16 @@ def v_loss(v, fresh_q):
     return (v - fresh_q.detach()).pow(2).mean(1).sum()
 
 
+def expectile_loss(v, q, expectile):
+    """V learns an expectile of Q over the logged utterances: near 1, what the best of them is worth (Eq. 6).
+
+    v, q: [2, B]; q comes from the target network. Asymmetric squares of u = Q - V, so that V below Q costs more. With V - Q, as
+    the paper prints it, V would become what the worst are worth.
+    """
+    u = q.detach() - v
+    return ((expectile - (u < 0).to(u)).abs() * u.pow(2)).mean(1).sum()
+
+
 def advantage(q, v):
     """min Q - min V, [B], of [2, B] each: how much better than its usual talk is this utterance? (Sec. 3)
 
@@ -291,6 +315,34 @@ def actor_loss(log_p, spoken, A):
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
 
+def baseline_loss(v, spoken, A):
+    """A value a token, before it is spoken, learns the advantage of the whole utterance (Eq. 4). v, spoken: [B, L]; A: [B]."""
+    return ((v - A.detach()[:, None]).pow(2) * spoken).sum(1).mean()
+
+
+def actor_loss_with_baseline(log_p, spoken, A, v):
+    """Eq. 3 with A - V~ in place of A, token by token (Eq. 5). log_p, spoken, v: [B, L]; A: [B]."""
+    return -((A[:, None] - v).detach() * log_p * spoken).sum(1).mean()
+
+
+def ppo_loss(log_p, old_log_p, spoken, A, clip):
+    """Eq. 3 for a second and third step on the same utterances: where a token's probability has moved by a factor of more
+    than 1 + clip, or less than 1 - clip, in A's favour, it moves no further.
+
+    log_p, old_log_p, spoken: [B, L]; A: [B, 1], of utterances, or [B, L], of tokens.
+    """
+    ratio = (log_p - old_log_p.detach()).exp()
+    kept = torch.minimum(ratio * A.detach(), ratio.clamp(1 - clip, 1 + clip) * A.detach())
+    return -(kept * spoken).sum(1).mean()
+
+
+def awr_loss(log_p, spoken, A, beta, bound=20.0):
+    """Copies logged utterances, the more so the better they are: weights exp(beta A), `bound` at most (Eq. 7).
+    The bound is ours: without it a few would rule. log_p, spoken: [B, L]; A: [B]."""
+    weight = (beta * A.detach()).exp().clamp(max=bound)
+    return -(weight * (log_p * spoken).sum(1)).mean()
+
+
 def descend(loss, network, optimizer, clip):
     """One step of one network; the other one's gradients have no part in the norm that is clipped."""
     optimizer.zero_grad()
@@ -299,27 +351,96 @@ def descend(loss, network, optimizer, clip):
     optimizer.step()
 
 
-def critic_loss(critic, target, batch, fresh, gamma):
-    """Eqs. 1 and 2 on a list of transitions and one fresh utterance for each of their states."""
+def fresh_utterances(actor, batches):
+    """For Eq. 2, what the actor would say now. It rests while the critic learns, so all can be drawn in one go."""
+    texts = iter(actor.act_many([t.s for batch in batches for t in batch])[0])
+    return [[next(texts) for _ in batch] for batch in batches]
+
+
+def logged_utterances(actor, batches):
+    """For Eq. 6, what was said."""
+    return [[t.a for t in batch] for batch in batches]
+
+
+def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
+    """Eqs. 1 and 2 on a list of transitions and one fresh utterance for each of their states; Eq. 6 with the logged ones."""
     # Each head of the double critic learns from its own target; the minimum of the two is for the actor only.
     s, a, _, r, s2, done = zip(*batch)
     e_s, e_a = critic.embed(s), critic.embed(a)
     r, done = torch.tensor([r, done], dtype=torch.float32, device=e_s.device)
     with torch.no_grad():
         next_v = target.v(target.embed(s2))
-        fresh_q = target.q(target.embed(s), target.embed(fresh))
-    return q_loss(critic.q(e_s, e_a), r, done, next_v, gamma), v_loss(critic.v(e_s), fresh_q)
+        fresh_q = target.q(target.embed(s), target.embed(utterances))
+    return q_loss(critic.q(e_s, e_a), r, done, next_v, gamma), loss_of_v(critic.v(e_s), fresh_q)
 
 
-def policy_gradient(actor, critic, s):
-    """Eq. 3 at the states s: new utterances, judged by the online critic; the logged ones play no part. The advantage is neither
-    centred nor scaled. Returns (loss, advantages)."""
+@torch.no_grad()
+def judge(critic, s, a):
+    """The online critic's advantages, [B], of utterances at states."""
+    e_s = critic.embed(s)
+    return advantage(critic.q(e_s, critic.embed(a)), critic.v(e_s))
+
+
+def fresh_batch(actor, critic, buffer, c):
+    """States from the buffer, as token ids the utterances that the actor says there now, and their advantages [B]; the logged
+    utterances play no part, and the advantage is neither centred nor scaled."""
+    s = [t.s for t in buffer.sample(c.actor_batch)]
     a, token_ids = actor.act(s)
-    with torch.no_grad():
-        e_s = critic.embed(s)
-        A = advantage(critic.q(e_s, critic.embed(a)), critic.v(e_s))
+    return s, token_ids, judge(critic, s, a)
+
+
+def reinforce(actor, critic, buffer, c):
+    """An actor step with Eq. 3. Like its siblings below it yields a loss, and its advantages, for every descent to make."""
+    s, token_ids, A = fresh_batch(actor, critic, buffer, c)
     log_p, spoken = actor.log_probs(s, token_ids)
-    return actor_loss(log_p, spoken, A), A
+    yield actor_loss(log_p, spoken, A), A
+
+
+class TokenBaseline(Actor):
+    """V~(s, a^{1:i-1}): a language model of its own that gives each token a value where an actor gives a log-probability."""
+
+    def __init__(self, actor, c):
+        super().__init__(copy.deepcopy(actor.model), actor.tokenizer, actor.utterance_tokens)
+        self.head = nn.Linear(actor.model.config.hidden_size, 1).to(actor.model.device)
+        self.optimizer = torch.optim.Adam(self.parameters(), c.critic_lr)  # what it learns is a value, too
+
+    def per_token(self, ids, mask, L):
+        """[B, L]: the value before each of the last L tokens, which sees only the state and the tokens before."""
+        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
+        return self.head(hidden[:, -L - 1 : -1]).squeeze(2)
+
+    def improve(self, actor, critic, buffer, c):
+        """Steps of its own with Eq. 4, then one of the actor with Eq. 5. (In Algorithm 1 all of the former come first.)"""
+        for k in range(c.baseline_steps + 1):  # (Alg. 1, lines 16-19)
+            s, token_ids, A = fresh_batch(actor, critic, buffer, c)
+            v, spoken = self.log_probs(s, token_ids)
+            if k < c.baseline_steps:
+                descend(baseline_loss(v, spoken, A), self, self.optimizer, c.clip)
+        yield actor_loss_with_baseline(actor.log_probs(s, token_ids)[0], spoken, A, v), A
+
+
+def ppo(actor, critic, buffer, c):
+    """Several descents on a batch of fresh utterances: any policy gradient over tokens can be the low level (Sec. 3)."""
+    s, token_ids, A = fresh_batch(actor, critic, buffer, c)
+    old_log_p = actor.log_probs(s, token_ids)[0].detach()
+    for _ in range(c.ppo_epochs):
+        log_p, spoken = actor.log_probs(s, token_ids)
+        yield ppo_loss(log_p, old_log_p, spoken, A[:, None], c.ppo_clip), A
+
+
+def awr(actor, critic, buffer, c):
+    """An actor step with Eq. 7: the only one of the four that learns from logged utterances."""
+    s, a, token_ids, *_ = zip(*buffer.sample(c.actor_batch))
+    A = judge(critic, s, a)
+    log_p, spoken = actor.log_probs(s, token_ids)
+    yield awr_loss(log_p, spoken, A, c.awr_beta), A
+
+
+# By name: what gives the function that yields the actor's losses; and the utterances that V learns from, with its loss.
+ACTOR_LOSSES = {"reinforce": lambda actor, c: reinforce, "baseline": lambda actor, c: TokenBaseline(actor, c).improve,
+                "ppo": lambda actor, c: ppo, "awr": lambda actor, c: awr}
+CRITIC_LOSSES = {"td": lambda c: (fresh_utterances, v_loss),
+                 "iql": lambda c: (logged_utterances, functools.partial(expectile_loss, expectile=c.expectile))}
 
 
 def rollout(game, actor, episodes, rng, greedy=False):
@@ -354,14 +475,16 @@ def warm_start(actor, transitions, c):
         descend(loss, actor, optimizer, c.clip)
 
 
-def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
-    """Algorithm 1, online; changes actor and critic in place.
+def train(game, actor, critic, demonstrations, c, report=lambda metrics, episodes: None):
+    """Algorithm 1; changes actor and critic in place. With no episodes an iteration it is offline.
 
-    game: class with `reset` and `step`. demonstrations: transitions. report: called once an iteration with a dict of numbers.
+    game: class with `reset` and `step`. demonstrations: transitions. report: called once an iteration with a dict of numbers
+    and the episodes that were played.
     """
     target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
     actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr)
+    actor_losses, (utterances_for_v, loss_of_v) = ACTOR_LOSSES[c.actor_loss](actor, c), CRITIC_LOSSES[c.critic_loss](c)
     buffer, rng = ReplayBuffer(c.capacity, c.seed), random.Random(c.seed)
     for transition in demonstrations if c.demonstrations_in_buffer else []:  # (Alg. 1, line 2)
         buffer.add(transition)
@@ -369,22 +492,18 @@ def train(game, actor, critic, demonstrations, c, report=lambda metrics: None):
         episodes = rollout(game, actor, c.episodes, rng)  # (Alg. 1, lines 4-7)
         for transition in sum(episodes, []):
             buffer.add(transition)
-        # The actor rests while the critic learns, so all utterances that Eq. 2 needs can be drawn in one go.
         batches = [buffer.sample(c.critic_batch) for _ in range(c.critic_steps)]
-        fresh, _ = actor.act_many([t.s for batch in batches for t in batch])
-        losses = []
-        for k, batch in enumerate(batches):  # (Alg. 1, line 8)
-            loss_q, loss_v = critic_loss(critic, target, batch, fresh[k * c.critic_batch : (k + 1) * c.critic_batch], c.gamma)
+        losses, advantages = [], []
+        for batch, utterances in zip(batches, utterances_for_v(actor, batches)):  # (Alg. 1, line 8)
+            loss_q, loss_v = critic_loss(critic, target, batch, utterances, c.gamma, loss_of_v)
             descend(loss_q + loss_v, critic, critic_optimizer, c.clip)  # (Alg. 1, lines 9-10), at once: they share an encoder
             soft_update(target, critic, c.tau)  # (Alg. 1, lines 12-15)
             losses.append((loss_q.item(), loss_v.item()))
-        # Lines 16-19, the optional token-level baseline, are left out.
-        advantages = []
         for _ in range(c.actor_steps if iteration >= c.warmup_iterations else 0):  # (Alg. 1, line 20)
-            loss, A = policy_gradient(actor, critic, [t.s for t in buffer.sample(c.actor_batch)])
-            descend(loss, actor, actor_optimizer, c.clip)  # (Alg. 1, line 22)
-            advantages.append(A)
-        report(metrics_of(iteration, episodes, losses, advantages, critic, c.gamma))
+            for loss, A in actor_losses(actor, critic, buffer, c):
+                descend(loss, actor, actor_optimizer, c.clip)  # (Alg. 1, line 22)
+                advantages.append(A)
+        report(metrics_of(iteration, episodes, losses, advantages, critic, c.gamma), episodes)
 
 
 # ======================================================================================================================
@@ -400,17 +519,21 @@ def fail(message):
 
 def check(c):
     """Finds impossible settings before any work is done."""
-    if c.env not in GAMES:
-        fail(f"there is no game {c.env!r}; choose from {', '.join(GAMES)}")
-    may_be_zero = {"seed", "demonstrations", "warm_start_steps", "warmup_iterations", "actor_steps", "tau", "gamma"}
+    for option, names in (("env", GAMES), ("actor_loss", ACTOR_LOSSES), ("critic_loss", CRITIC_LOSSES)):
+        if getattr(c, option) not in names:
+            fail(f"--{option.replace('_', '-')} cannot be {getattr(c, option)!r}; choose from {', '.join(names)}")
+    may_be_zero = {"seed", "demonstrations", "warm_start_steps", "iterations", "warmup_iterations", "episodes", "tau", "gamma",
+                   "actor_steps", "baseline_steps", "ppo_clip", "awr_beta", "expectile"}
+    at_most_one = {"gamma", "tau", "expectile"}
     for field in dataclasses.fields(c):
-        value, least = getattr(c, field.name), "0 or more" if field.name in may_be_zero else "more than 0"
-        if field.type in (int, float) and not (value > 0 or (value == 0 and field.name in may_be_zero)):
-            fail(f"--{field.name.replace('_', '-')} must be {least}, not {value}")
-    if c.gamma > 1 or c.tau > 1:
-        fail("--gamma and --tau must lie between 0 and 1")
-    if not c.actor and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
+        value, zero, most = getattr(c, field.name), field.name in may_be_zero, 1 if field.name in at_most_one else float("inf")
+        if field.type in (int, float) and not (0 < value <= most or (value == 0 and zero)):
+            bounds = ("0 or more" if zero else "more than 0") + ", at most 1" * (most == 1)
+            fail(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
+    if not (c.actor or c.offline) and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
         fail("a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
+    if c.save_data and not pathlib.Path(c.save_data).absolute().parent.is_dir():
+        fail(f"cannot write {c.save_data}: its folder does not exist")
     if c.out and pathlib.Path(c.out, "summary.json").exists():
         fail(f"--out {c.out} holds an earlier run; name another folder")
 
@@ -480,13 +603,16 @@ def mean_return(episodes):
 
 def metrics_of(iteration, episodes, losses, advantages, critic, gamma):
     """A line of metrics.jsonl. An honest critic's `value` of the first states is close to the `discounted_return`
-    earned from them, or somewhat higher where play is cut: V counts what would have followed."""
+    earned from them, or somewhat higher where play is cut: V counts what would have followed. Offline there are neither."""
+    (q_loss, v_loss), A = torch.tensor(losses).mean(0).tolist(), torch.cat(advantages) if advantages else torch.zeros(2)
+    numbers = {"iteration": iteration + 1, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std().item()}
+    if not episodes:
+        return numbers
     with torch.no_grad():
         value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
     discounted = sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
-    (q_loss, v_loss), A = torch.tensor(losses).mean(0).tolist(), torch.cat(advantages) if advantages else torch.zeros(2)
-    numbers = {"iteration": iteration + 1, "return": mean_return(episodes), "turns": sum(map(len, episodes)) / len(episodes)}
-    return numbers | {"discounted_return": discounted, "value": value, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std().item()}
+    turns = sum(map(len, episodes)) / len(episodes)
+    return numbers | {"return": mean_return(episodes), "turns": turns, "discounted_return": discounted, "value": value}
 
 
 def dialogue(title, episode, actor, critic):
@@ -537,6 +663,9 @@ def run(c):
     torch.manual_seed(c.seed)
     exact = lambda name: getattr(game, name)() if hasattr(game, name) else None
     played = game.demonstrations(c.demonstrations, c.seed) if c.demonstrations and hasattr(game, "demonstrations") else []
+    if c.offline:
+        played = read_episodes(c.offline, fail)
+        c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, played)))
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
     folder = make_folder(c)
     demonstrations = [Transition(s, a, [*actor.tokens_of(a), actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
@@ -545,8 +674,9 @@ def run(c):
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
     before, utterances = test(1), -actor.utterances
 
-    def report(line):
+    def report(line, episodes):
         metrics.append(line)
+        played.extend([[t.s, t.a, t.r, t.s2, t.done] for t in e] for e in episodes)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
     train(game, actor, critic, demonstrations, c, report)
@@ -558,13 +688,16 @@ def run(c):
         "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device)}
     text = "\n".join(dialogue(title, e[0], actor, critic) for title, e in (("Before training", before), ("After training", after)))
     (folder / "dialogues.txt").write_text(text)
-    plot_curve(metrics, summary, c, folder / "curve.png")
+    if c.episodes and metrics:
+        plot_curve(metrics, summary, c, folder / "curve.png")
+    if c.save_data:
+        write_episodes(c.save_data, played)
     actor.model.save_pretrained(folder / "actor")
     actor.tokenizer.save_pretrained(folder / "actor")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
     summary["seconds"] = time.time() - began
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"\n{text}\n{table(summary)}\nfigure: {folder}/curve.png   model: {folder}/actor   everything: {folder}/")
+    print(f"\n{text}\n{table(summary)}\nfigure, model and the rest: {folder}/")
     return summary
 
 
@@ -575,6 +708,8 @@ def main(arguments=None):
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=comments[field.name], **kind)
+    game = GAMES.get(parser.parse_known_args(arguments)[0].env)
+    parser.set_defaults(**getattr(game, "settings", {}))
     run(Config(**vars(parser.parse_args(arguments))))
 
 

@@ -11,7 +11,23 @@ but one that is too large, and says between what its optimum lies.
 
 import functools
 import itertools
+import json
+import pathlib
 import random
+
+
+def write_episodes(file, episodes):
+    """Episodes, as `demonstrations` returns them, in JSON: a line an episode, a list of its turns, each [s, a, r, s', done]."""
+    pathlib.Path(file).write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
+
+
+def read_episodes(file, fail):
+    """What `write_episodes` wrote, or anybody else in its format. `fail` is called with what is wrong with the file."""
+    try:
+        lines = pathlib.Path(file).read_text().splitlines()
+        return [[(str(s), str(a), float(r), str(s2), bool(done)) for s, a, r, s2, done in json.loads(line)] for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        fail(f"cannot read episodes from {file}, a list of [s, a, r, s', done] a line: {error}")
 
 
 class TextGame:
@@ -26,6 +42,7 @@ class TextGame:
     start = ()  # the public position at the start, hashable
     limit: int  # turns in an episode
     limit_is_part_of_task: bool  # see `step`
+    settings = {}  # what the command line takes for this game in place of archer.py's defaults, each with its reason
     skill = 0.5  # of the best demonstrator: how often it says what the best player would say
 
     def rules(self, position, hidden, utterance):
@@ -134,21 +151,21 @@ def _mean_of(values):
 
 
 class TwentyQuestions(TextGame):
-    """Which of ten things is it? Ask ("alive?") or guess ("dog?"); the answer is yes, no or, to nonsense, what?
+    """Which of eleven things is it? Ask ("alive?") or guess ("dog?"); the answer is yes, no or, to nonsense, what?
 
     Reward -1 a turn, 0 on the winning turn; after turn 20 the game is lost. The observation is the whole dialogue so far, an
     answer joined to the last word of its utterance, "alive?no": in "alive? no" a network of this size would have to find out
     first which answer belongs to which question.
-    Optimum -2.80, in 3.80 turns on average; random play -9.58; demonstrations about -6.6.
+    Optimum -3, in 4 turns on average; random play -10.05; demonstrations about -7.0.
     The paper's game has 157 words, ten in its subset, and an oracle that is itself a language model.
     """
 
     facts = {
-        "alive?": "dog cow eagle rose oak",
+        "alive?": "dog cow eagle shark rose oak",
         "big?": "cow oak car boat",
         "at home?": "dog rose piano spoon book",
     }
-    hidden_things = ("dog", "cow", "eagle", "rose", "oak", "car", "boat", "piano", "spoon", "book")
+    hidden_things = ("dog", "cow", "eagle", "shark", "rose", "oak", "car", "boat", "piano", "spoon", "book")
     replies = {(question, thing): "yes" for question, things in facts.items() for thing in things.split()}  # else no
     guesses = {f"{thing}?": thing for thing in hidden_things}
     utterances = (*facts, *guesses)
@@ -223,6 +240,7 @@ class TwentyQuestionsFull(TwentyQuestions):
     replies = {(question, name.split("/")[0]): "yes"
                for (question, words), (kind, names) in itertools.product(facts.items(), kinds.items()) for name in names.split()
                if {kind, name.split("/")[0]} & set(words.split())}
+    settings = {"iterations": 100, "warm_start_steps": 2400}  # ten times as many words to learn to say, and when
     skill = 0.9
     guesses = {f"{name}?": names.split("/")[0] for names in " ".join(kinds.values()).split() for name in names.split("/")}
     hidden_things = tuple(dict.fromkeys(guesses.values()))
@@ -389,6 +407,7 @@ class WebShop(TextGame):
     The paper's WebShop has 10 turns too, shows the same, and pays from 0 to 1 for likeness to what was wanted; this shop is tiny.
     """
 
+    settings = {"iterations": 110}  # its goals are many, and what tells a good article from a fair one is a quarter of a reward
     catalogue = {  # article: (sizes, colour, kind, price)
         "alba": ("small", "red", "lamp", 15),
         "bora": ("small large", "red", "lamp", 35),

@@ -26,6 +26,7 @@ import torch
 
 import archer
 from archer import Config, ReplayBuffer, Transition
+import envs
 from envs import GAMES, Detective, GuessMyCity, TwentyQuestions, TwentyQuestionsFull, WebShop
 
 torch.set_num_threads(1)  # tensors this small gain nothing from a second thread, and wait for it where the core is busy
@@ -173,6 +174,12 @@ def some_batch(n=12):
     return random.Random(0).sample(transitions, n)
 
 
+def loss_at(actor, critic, states, step="reinforce"):
+    """The first loss of an actor step at these states."""
+    buffer = types.SimpleNamespace(sample=lambda n: [types.SimpleNamespace(s=s) for s in states])
+    return next(getattr(archer, step)(actor, critic, buffer, archer.Config()))[0]
+
+
 def gradients(network):
     return sum(float(p.grad.abs().sum()) for p in network.parameters() if p.grad is not None)
 
@@ -184,9 +191,44 @@ def test_each_loss_moves_its_own_network_only(models):
     sum(archer.critic_loss(critic, target, batch, [t.a for t in batch], 0.9)).backward()
     assert gradients(critic) > 0 and gradients(actor) == 0 and all(p.grad is None for p in target.parameters())
     critic.zero_grad(set_to_none=True)
-    loss, _ = archer.policy_gradient(actor, critic, [t.s for t in batch])
-    loss.backward()
+    loss_at(actor, critic, [t.s for t in batch]).backward()
     assert gradients(actor) > 0 and gradients(critic) == 0
+
+
+def test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only(models):
+    """Its value of a token does not depend on that token or the later ones, nor on batch mates; Eq. 5 does not reach it."""
+    torch.manual_seed(0)
+    actor, critic = models
+    baseline = archer.TokenBaseline(actor, Config())
+    s = ["Welcome. Hall: nothing\n", "No. Study: key\n"]
+    said = spoken_ids(actor, ["go north", "accuse butler"])
+    v, spoken = baseline.log_probs(s, said)
+    assert v.shape == spoken.shape and torch.allclose(v[:1], baseline.log_probs(s[:1], said[:1])[0][:, -v.shape[1] :], atol=1e-5)
+    (length,) = {len(ids) for ids in said}
+    for k in range(length):
+        other = baseline.log_probs(s[:1], [said[0][:k] + [7] * (length - k)])[0]
+        assert torch.allclose(other[0, : k + 1], v[0, -length:][: k + 1], atol=1e-5), k
+        assert k == length - 1 or not torch.allclose(other[0, k + 1 :], v[0, -length:][k + 1 :], atol=1e-5)
+    before = copy.deepcopy(baseline.state_dict())
+    buffer = types.SimpleNamespace(sample=lambda n: some_batch())
+    ((loss, _),) = baseline.improve(actor, critic, buffer, Config(baseline_steps=2))
+    assert any(not torch.equal(x, before[name]) for name, x in baseline.state_dict().items())
+    for network in (actor, critic, baseline):
+        network.zero_grad(set_to_none=True)
+    loss.backward()
+    assert gradients(actor) > 0 and gradients(critic) == gradients(baseline) == 0
+
+
+def test_iql_and_awr_say_nothing_and_learn_from_what_was_logged(models):
+    actor, critic = models
+    batch, said = some_batch(), actor.utterances
+    assert archer.CRITIC_LOSSES["iql"](Config())[0](actor, [batch, batch[:3]]) == [[t.a for t in batch], [t.a for t in batch[:3]]]
+    ((loss, A),) = archer.awr(actor, critic, types.SimpleNamespace(sample=lambda n: batch), Config())
+    loss.backward()
+    assert gradients(actor) > 0 and gradients(critic) == 0 and actor.utterances == said
+    with torch.no_grad():
+        e_s = critic.embed([t.s for t in batch])
+        assert torch.equal(A, archer.advantage(critic.q(e_s, critic.embed([t.a for t in batch])), critic.v(e_s)))
 
 
 def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
@@ -249,11 +291,20 @@ def test_losses_by_hand():
 
 
 def test_no_gradient_flows_through_a_target_or_an_advantage():
-    leaf = lambda *shape: torch.rand(shape, requires_grad=True)
+    leaf, ones = lambda *shape: torch.rand(shape, requires_grad=True), torch.ones(3, 4)
     q, next_v, v, fresh_q, log_p, A = leaf(2, 3), leaf(2, 3), leaf(2, 3), leaf(2, 3), leaf(3, 4), leaf(3)
-    loss = archer.q_loss(q, torch.ones(3), torch.zeros(3), next_v, 0.9) + archer.v_loss(v, fresh_q) + archer.actor_loss(log_p, torch.ones(3, 4), A)
+    loss = archer.q_loss(q, torch.ones(3), torch.zeros(3), next_v, 0.9) + archer.v_loss(v, fresh_q) + archer.actor_loss(log_p, ones, A)
     loss.backward()
     assert all(x.grad is not None for x in (q, v, log_p)) and all(x.grad is None for x in (next_v, fresh_q, A))
+
+
+def test_no_gradient_flows_through_a_target_or_an_advantage_of_the_other_losses():
+    leaf, ones = lambda *shape: torch.rand(shape, requires_grad=True), torch.ones(3, 4)
+    v, q, value, log_p, A, old, baseline = leaf(2, 3), leaf(2, 3), leaf(3, 4), leaf(3, 4), leaf(3), leaf(3, 4), leaf(3, 4)
+    loss = archer.expectile_loss(v, q, 0.9) + archer.baseline_loss(value, ones, A) + archer.awr_loss(log_p, ones, A, 1.0)
+    loss += archer.actor_loss_with_baseline(log_p, ones, A, baseline) + archer.ppo_loss(log_p, old, ones, A[:, None], 9.0)
+    loss.backward()
+    assert all(x.grad is not None for x in (v, value, log_p)) and all(x.grad is None for x in (q, A, old, baseline))
 
 
 def test_critic_targets_come_from_the_target_network_and_from_fresh_utterances(models):
@@ -449,7 +500,7 @@ def test_the_turn_limit_ends_a_game_that_shows_the_turn_and_cuts_one_that_does_n
     game, shown = GAMES[name](), []
     shown.append(game.reset(seed=0)[0])
     for _ in range(game.limit):
-        shown.append(game.step("")[0])
+        shown.append(game.step(game.utterances[0])[0])
     ends = [(False, False)] * (game.limit - 1) + [(game.limit_is_part_of_task, not game.limit_is_part_of_task)]
     game.reset(seed=0)
     assert [game.step("")[2:4] for _ in range(game.limit)] == ends
@@ -712,6 +763,25 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(small_run, tmp_path):
     assert (tmp_path / "other/metrics.jsonl").read_bytes() != (small_run / "metrics.jsonl").read_bytes()
 
 
+def test_what_was_saved_is_learned_from_offline_without_playing(tmp_path, monkeypatch):
+    """--save-data writes demonstrations and play; --offline reads them, trains and plays in the evaluations only."""
+    file, evaluated = tmp_path / "data.jsonl", Config(**dict(zip([o[2:].replace("-", "_") for o in SMALL[::2]], SMALL[1::2]))).evaluation_episodes
+    archer.main([*SMALL, "--save-data", str(file), "--out", str(tmp_path / "online")])
+    episodes = envs.read_episodes(file, pytest.fail)
+    summary = json.loads((tmp_path / "online/summary.json").read_text())
+    demonstrations = Detective.demonstrations(len(episodes) - summary["episodes"], 0)
+    assert summary["episodes"] > 0 and episodes[: len(demonstrations)] == demonstrations
+    assert all(s2 == after[0] for e in episodes for (*_, s2, _), after in zip(e, e[1:]))
+    asked, learned, rollout, train = [], [], archer.rollout, archer.train
+    monkeypatch.setattr(archer, "rollout", lambda game, actor, n, *rest: (asked.append(n), rollout(game, actor, n, *rest))[1])
+    monkeypatch.setattr(archer, "train", lambda *x: (learned.extend(x[3]), train(*x), asked.append("trained")))
+    archer.main([*SMALL, "--offline", str(file), "--critic-loss", "iql", "--actor-loss", "awr", "--out", str(tmp_path / "offline")])
+    assert set(asked[1 : asked.index("trained")]) == {0} and asked[0] == int(evaluated)
+    assert [t[:2] + t[3:] for t in learned] == sum(episodes, [])  # all of them
+    config, lines = (tmp_path / "offline/config.json").read_text(), (tmp_path / "offline/metrics.jsonl").read_text().splitlines()
+    assert json.loads(config)["capacity"] == len(learned) and "return" not in json.loads(lines[-1])
+
+
 def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(small_run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -745,8 +815,10 @@ def test_a_game_with_nothing_but_reset_and_step_can_be_trained_on(small_run, tmp
 
 @pytest.mark.parametrize("arguments", [
     ["--env", "chess"], ["--actor", "no/such/folder"], ["--critic", "no/such/folder"], ["--gamma", "1.5"], ["--tau", "-1"],
-    ["--episodes", "0"], ["--critic-batch", "-3"], ["--actor-batch", "0"], ["--clip", "0"], ["--demonstrations", "0"],
+    ["--episodes", "-1"], ["--critic-batch", "-3"], ["--actor-batch", "0"], ["--clip", "0"], ["--demonstrations", "0"],
     ["--out", "{run}"], ["--actor-lr", "nan"], ["--seed", "x"], ["--out", "{run}/summary.json"],
+    ["--actor-loss", "sft"], ["--critic-loss", "mc"], ["--expectile", "2"], ["--ppo-epochs", "0"],
+    ["--offline", "no/such/file"], ["--offline", "{run}/config.json"], ["--save-data", "no/such/folder/file"],
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, small_run, capsys):
     arguments = [a.format(run=small_run) for a in arguments]
@@ -768,6 +840,16 @@ def test_help_shows_every_setting_with_its_comment_and_every_setting_is_read(cap
         assert "--" + field.name.replace("_", "-") in shown
         assert re.search(rf"\bc\.{field.name}\b", source), f"{field.name} is never read"
     assert "1: no target network" in shown
+
+
+def test_a_game_brings_its_own_settings_and_an_option_overrules_them(monkeypatch):
+    run, its = [], TwentyQuestionsFull.settings
+    monkeypatch.setattr(archer, "run", run.append)
+    for arguments in ([], ["--env", "twenty_questions_full"], ["--env", "twenty_questions_full", "--iterations", "9"]):
+        archer.main(arguments)
+    usual = (Config.iterations, Config.warm_start_steps)
+    assert [(c.iterations, c.warm_start_steps) for c in run] == [usual, tuple(its.values()), (9, its["warm_start_steps"])]
+    assert all(len(game.settings) <= 2 for game in GAMES.values())
 
 
 def test_an_answer_of_twenty_questions_is_one_token_with_its_question():
@@ -1077,14 +1159,14 @@ def test_exact_eq3_in_expectation_is_the_gradient_of_the_return():
 
 
 def test_exact_eq3_sampled_lies_in_its_confidence_interval():
-    """`policy_gradient` on states as often as visited and utterances of its own: every entry, and all together."""
+    """`reinforce` on states as often as visited and utterances of its own: every entry, and all together."""
     torch.manual_seed(0)
     actor, pi, rng = table_actor(some_logits()), policy(some_logits()), random.Random(0)
     critic, d = TableCritic(*exact_q_and_v(pi)), visits(pi)
     samples = []
     for _ in range(200):
         actor.zero_grad()
-        archer.policy_gradient(actor, critic, rng.choices(POSITIONS, [d[s] for s in POSITIONS], k=128))[0].backward()
+        loss_at(actor, critic, rng.choices(POSITIONS, [d[s] for s in POSITIONS], k=128)).backward()
         samples.append(-sum(d.values()) * actor.model.table.grad.flatten())
     samples, exact = torch.stack(samples), torch.tensor([*exact_gradient(some_logits()).values()])
     z = (samples.mean(0) - exact) / (samples.std(0) / len(samples) ** 0.5 + 1e-9)
@@ -1130,7 +1212,7 @@ def test_exact_alg1_lines_20_to_22_move_the_actor_once_the_warm_up_is_over():
     """One iteration of warm-up and one actor step: the actor has not moved after the first and has after the second."""
     torch.manual_seed(0)
     actor, moved = table_actor(some_logits()), []
-    report = lambda metrics: moved.append(logits_of(actor) != some_logits())
+    report = lambda metrics, episodes: moved.append(logits_of(actor) != some_logits())
     c = parrot_config(iterations=2, warmup_iterations=1, actor_steps=1)
     archer.train(Parrot, actor, TableCritic(), parrot_demonstrations(), c, report)
     assert moved == [False, True]
@@ -1159,9 +1241,9 @@ def test_exact_alg1_line_by_line():
     actor, critic = table_actor(some_logits()), TableCritic()
     c = parrot_config(iterations=1, warmup_iterations=0, episodes=64, actor_steps=2, clip=0.5)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        calls = spied(monkeypatch, "rollout", "critic_loss", "descend", "soft_update", "policy_gradient")
+        calls = spied(monkeypatch, "rollout", "critic_loss", "descend", "soft_update", "fresh_batch")
         archer.train(Parrot, actor, critic, [], c)
-    steps = ["critic_loss", "descend", "soft_update"] * 20 + ["policy_gradient", "descend"] * 2
+    steps = ["critic_loss", "descend", "soft_update"] * 20 + ["fresh_batch", "descend"] * 2
     assert [name for name, *_ in calls] == ["rollout", *steps]
     of = lambda wanted: [(arguments, result) for name, arguments, result in calls if name == wanted]
     played = {t[:2] + t[3:] for episode in of("rollout")[0][1] for t in episode}
@@ -1174,10 +1256,132 @@ def test_exact_alg1_line_by_line():
 def test_exact_eq3_takes_its_states_from_the_whole_buffer():
     """Off-policy in the states: one episode cannot visit them all, the buffer holds them all."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        calls = spied(monkeypatch, "policy_gradient")
+        calls = spied(monkeypatch, "fresh_batch")
         c = parrot_config(iterations=1, warmup_iterations=0, actor_steps=1)
         archer.train(Parrot, table_actor(some_logits()), TableCritic(), parrot_demonstrations(), c)
-    assert {s for _, (_, _, states), _ in calls for s in states} == set(POSITIONS)
+    assert {s for _, _, (states, *_) in calls for s in states} == set(POSITIONS)
+
+
+def every_utterance(actor, pi=None):
+    """States, texts and ids: each utterance at each state once, or in exact proportion to pi."""
+    said = [(s, a) for s, a in LAW for _ in range(1 if pi is None else round(64 * pi[s, a]))]
+    s, a = zip(*said)
+    return s, a, [actor.tokenizer.encode(tokens(x)) for x in a]
+
+
+def contexts_of(s, a, L=3):
+    """[B, L]: the row of the context before every token; what was not spoken has row 0."""
+    rows = [[CONTEXTS.index(x + y[:i]) for i in range(len(tokens(y)))] for x, y in zip(s, a)]
+    return torch.tensor([[0] * (L - len(row)) + row for row in rows])
+
+
+def test_exact_eq4_finds_the_expected_advantage_of_what_was_begun():
+    """Where Eq. 4 has no slope, a token's value is the mean advantage of all utterances that begin so, as often as they are said."""
+    actor, pi = table_actor(some_logits()), policy(some_logits())
+    Q, V = exact_q_and_v(pi)
+    s, a, ids = every_utterance(actor, pi)
+    _, spoken = actor.log_probs(s, ids)
+    A = torch.tensor([Q[k] - V[k[0]] for k in zip(s, a)], dtype=torch.float64)
+    begun = {c: [(p, Q[x] - V[x[0]]) for x, p in pi.items() if (x[0] + tokens(x[1])).startswith(c)] for c in CONTEXTS}
+    exact = torch.tensor([sum(p * y for p, y in begun[c]) / sum(p for p, _ in begun[c]) for c in CONTEXTS], dtype=torch.float64)
+    for shift, flat in ((0.0, True), (0.1, False)):
+        v = (exact + shift).requires_grad_()
+        archer.baseline_loss(v[contexts_of(s, a)], spoken, A).backward()
+        assert (v.grad.abs().max() < 1e-6) == flat
+
+
+def test_exact_eq5_in_expectation_is_the_gradient_of_the_return_whatever_the_baseline():
+    actor, pi = table_actor(some_logits()), policy(some_logits())
+    d, (Q, V) = visits(pi), exact_q_and_v(pi)
+    s, a, ids = every_utterance(actor)
+    log_p, spoken = actor.log_probs(s, ids)
+    torch.manual_seed(0)
+    weights = torch.tensor([len(LAW) * d[k[0]] * pi[k] for k in LAW], dtype=torch.float64)
+    A, v = torch.tensor([Q[k] - V[k[0]] for k in LAW], dtype=torch.float64), numbers(len(CONTEXTS))[contexts_of(s, a)]
+    archer.actor_loss_with_baseline(log_p, spoken, weights * A, weights[:, None] * v).backward()
+    assert by_token(-actor.model.table.grad) == pytest.approx(exact_gradient(some_logits()), abs=1e-6)
+
+
+def expectile(values, tau):
+    """By halving: where the mean excess above, times tau, is the mean shortfall below, times 1 - tau."""
+    low, high = min(values), max(values)
+    for _ in range(60):
+        x = (low + high) / 2
+        above = sum(tau * (y - x) if y > x else (1 - tau) * (y - x) for y in values)
+        low, high = (x, high) if above > 0 else (low, x)
+    return x
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.9])
+def test_exact_eq6_finds_the_expectiles_of_what_was_logged(tau):
+    """Q and V from every utterance once a state, by Eqs. 1 and 6 and by plain loops; .5 is the mean of what was logged."""
+    Q, V = {}, {}
+    for s in reversed(POSITIONS):
+        for a in SAYINGS:
+            Q[s, a] = sum(r + (0 if done else GAMMA * V[s2]) for r, s2, done in LAW[s, a]) / 4
+        V[s] = expectile([Q[s, a] for a in SAYINGS], tau)
+    c = Config(critic_loss="iql", expectile=tau)
+    utterances_for_v, loss_of_v = archer.CRITIC_LOSSES["iql"](c)
+    torch.manual_seed(0)
+    batch, critic = parrot_demonstrations(), TableCritic()
+    target = copy.deepcopy(critic).requires_grad_(False)
+    optimizer = torch.optim.SGD([{"params": [critic.q_table], "lr": 25}, {"params": [critic.v_table], "lr": 4}])
+    for _ in range(200):
+        (said,) = utterances_for_v(None, [batch])
+        archer.descend(sum(archer.critic_loss(critic, target, batch, said, GAMMA, loss_of_v)), critic, optimizer, math.inf)
+        archer.soft_update(target, critic, 0.3)
+    assert critic.distance(Q, V).max() < 1e-3
+    assert (critic.distance(*exact_q_and_v(dict.fromkeys(LAW, 1 / 15))).max() < 1e-3) == (tau == 0.5)
+
+
+def test_exact_eq7_ends_at_the_logged_policy_times_its_weights():
+    """What Eq. 7 prefers among all policies: what was logged (everything equally often), times min(exp(beta A), bound)."""
+    Q, V = exact_q_and_v(policy(some_logits()))
+    actor, critic = table_actor(some_logits()), TableCritic(Q, V)
+    weight = {k: min(math.exp(4 * (Q[k] - V[k[0]])), 20.0) for k in LAW}
+    best = {k: w / sum(weight[k[0], a] for a in SAYINGS) for k, w in weight.items()}
+    assert max(weight.values()) == 20
+    s, a, ids = every_utterance(actor)
+    everything = [archer.Transition(*x, 0.0, x[0], False) for x in zip(s, a, ids)]
+    buffer, optimizer = types.SimpleNamespace(sample=lambda n: everything), torch.optim.Adam(actor.parameters(), 0.1)
+    for _ in range(300):
+        for loss, _ in archer.awr(actor, critic, buffer, Config(awr_beta=4.0)):
+            archer.descend(loss, actor, optimizer, math.inf)
+    assert policy(logits_of(actor)) == pytest.approx(best, abs=1e-3)
+
+
+def test_exact_ppo_begins_as_eq3_and_stops_where_the_ratio_is_clipped():
+    """Its first gradient is that of Eq. 3; after many steps on the same utterances no token is much likelier than it was."""
+    pi, likelier = policy(some_logits()), {}
+    critic = TableCritic(*exact_q_and_v(pi))
+
+    def descents(step, **settings):
+        """The first gradient of an actor step and the probabilities that it ends with."""
+        actor, slopes = table_actor(some_logits()), []
+        s, a, ids = every_utterance(actor, pi)
+        actor.act, buffer = lambda states: (a, ids), types.SimpleNamespace(sample=lambda n: [types.SimpleNamespace(s=x) for x in s])
+        optimizer = torch.optim.SGD(actor.parameters(), 2.0)
+        for loss, _ in step(actor, critic, buffer, Config(**settings)):
+            archer.descend(loss, actor, optimizer, math.inf)
+            slopes.append(actor.model.table.grad.clone())
+        return slopes[0], actor.model.table.detach().softmax(1)
+
+    slope, before = descents(archer.reinforce)[0], table_actor(some_logits()).model.table.detach().softmax(1)
+    for clip in (0.1, 9.0):
+        first, after = descents(archer.ppo, ppo_epochs=100, ppo_clip=clip)
+        assert torch.allclose(first, slope)
+        likelier[clip] = (after / before).max().item()
+    assert 1.1 < likelier[0.1] < 1.35 and likelier[9.0] > 1.8  # 1.3: 1/4, when the other 3/4 have fallen by a tenth
+
+
+@pytest.mark.parametrize("settings", [{"actor_loss": "ppo"}, {"critic_loss": "iql", "actor_loss": "awr", "awr_beta": 4.0}])
+def test_exact_alg1_with_another_loss_improves_the_policy(settings):
+    """All of it, with nothing told: half of the way from the first policy to the best one."""
+    torch.manual_seed(0)
+    actor, first, best = table_actor(some_logits()), exact_return(some_logits()), exact_q_and_v(None)[1][":"]
+    c = parrot_config(iterations=30, warmup_iterations=5, episodes=64, critic_lr=0.1, **settings)
+    archer.train(Parrot, actor, TableCritic(), parrot_demonstrations(), c)
+    assert exact_return(logits_of(actor)) > first + 0.5 * (best - first)
 
 
 def test_exact_warm_start_copies_its_teacher():
@@ -1235,6 +1439,56 @@ def test_exact_eq3_as_written():
     assert archer.actor_loss(log_p, spoken, A).item() == pytest.approx(-J, rel=1e-12)
 
 
+def test_exact_eq4_as_written():
+    """J = E[sum_i (A - V~(s, a^{1:i-1}))^2]: a sum over tokens, a mean over utterances."""
+    torch.manual_seed(0)
+    v, spoken, A, J = numbers(7, 4), some_mask(7, 4), numbers(7), 0.0
+    for b, i in np.ndindex(7, 4):
+        J += (A[b].item() - v[b, i].item()) ** 2 / 7 if spoken[b, i] else 0.0
+    assert archer.baseline_loss(v, spoken, A).item() == pytest.approx(J, rel=1e-12)
+
+
+def test_exact_eq5_as_written():
+    """Eq. 3 with A - V~ in place of A."""
+    torch.manual_seed(0)
+    log_p, spoken, A, v, J = numbers(7, 4), some_mask(7, 4), numbers(7), numbers(7, 4), 0.0
+    for b, i in np.ndindex(7, 4):
+        J += (A[b] - v[b, i]).item() * log_p[b, i].item() / 7 if spoken[b, i] else 0.0
+    assert archer.actor_loss_with_baseline(log_p, spoken, A, v).item() == pytest.approx(-J, rel=1e-12)
+
+
+def test_exact_eq6_as_written():
+    """J = E[|tau - 1{u < 0}| u^2] with u = Q' - V, each head on its own target."""
+    torch.manual_seed(0)
+    v, q, J = numbers(2, 7), numbers(2, 7), 0.0
+    for k, i in np.ndindex(2, 7):
+        u = (q[k, i] - v[k, i]).item()
+        J += (0.1 if u < 0 else 0.9) * u**2 / 7
+    assert archer.expectile_loss(v, q, 0.9).item() == pytest.approx(J, rel=1e-12)
+
+
+def test_exact_eq7_as_written():
+    """J = -E[exp(beta A) sum_i log pi], the weight no larger than its bound."""
+    torch.manual_seed(0)
+    log_p, spoken, A, J = numbers(7, 4), some_mask(7, 4), numbers(7), 0.0
+    for b, i in np.ndindex(7, 4):
+        J += min(math.exp(1.5 * A[b].item()), 2.0) * log_p[b, i].item() / 7 if spoken[b, i] else 0.0
+    assert (1.5 * A).exp().max() > 2
+    assert archer.awr_loss(log_p, spoken, A, 1.5, 2.0).item() == pytest.approx(-J, rel=1e-12)
+
+
+def test_exact_ppo_as_written():
+    """E[sum_i min(ratio A, clip(ratio) A)], for advantages of utterances and of tokens."""
+    torch.manual_seed(0)
+    log_p, old, spoken = numbers(7, 4), numbers(7, 4), some_mask(7, 4)
+    for A in (numbers(7, 1), numbers(7, 4)):
+        J = 0.0
+        for b, i in np.ndindex(7, 4):
+            ratio, a = math.exp((log_p[b, i] - old[b, i]).item()), A.expand(7, 4)[b, i].item()
+            J += min(ratio * a, min(max(ratio, 0.8), 1.2) * a) / 7 if spoken[b, i] else 0.0
+        assert archer.ppo_loss(log_p, old, spoken, A, 0.2).item() == pytest.approx(-J, rel=1e-12)
+
+
 def test_exact_advantage_as_written():
     """A = min(Q1, Q2) - min(V1, V2), a number a row."""
     torch.manual_seed(0)
@@ -1257,6 +1511,11 @@ LOSSES = {
     "eq1": ((2, 5), lambda q: archer.q_loss(q, NOISE[0], (NOISE[1] > 0).double(), NOISE[2:], 0.9)),
     "eq2": ((2, 5), lambda v: archer.v_loss(v, NOISE[:2])),
     "eq3": ((5, 4), lambda log_p: archer.actor_loss(log_p, MASK, NOISE[0])),
+    "eq4": ((5, 4), lambda v: archer.baseline_loss(v, MASK, NOISE[0])),
+    "eq5": ((5, 4), lambda log_p: archer.actor_loss_with_baseline(log_p, MASK, NOISE[0], NOISE.T)),
+    "eq6": ((2, 5), lambda v: archer.expectile_loss(v, NOISE[:2], 0.9)),
+    "eq7": ((5, 4), lambda log_p: archer.awr_loss(log_p, MASK, NOISE[0], 1.0)),
+    "ppo": ((5, 4), lambda log_p: archer.ppo_loss(log_p, NOISE.T, MASK, NOISE[:1].T, 0.2)),
 }
 
 
@@ -1318,7 +1577,7 @@ def test_fuzz_losses_of_any_text_are_finite(models):
     for n in (1, 2, 9):
         s, a, s2, fresh = ([any_text(rng) for _ in range(n)] for _ in range(4))
         batch = [archer.Transition(s[k], a[k], [], rng.gauss(0, 9), s2[k], rng.random() < 0.5) for k in range(n)]
-        losses = *archer.critic_loss(critic, target, batch, fresh, 0.9), archer.policy_gradient(actor, critic, s)[0]
+        losses = *archer.critic_loss(critic, target, batch, fresh, 0.9), loss_at(actor, critic, s)
         assert all(loss.isfinite() for loss in losses)
 
 
@@ -1428,7 +1687,7 @@ def test_readme_names_what_exists():
         assert option.replace("-", "_") in {f.name for f in dataclasses.fields(Config)} | {"help"}, option
     for line in re.findall(r"\| .*\| (.*) \|", README.split("## Where each equation is")[1].split("\n## ")[0]):
         for name in re.findall(r"`(\w+)`", line):
-            assert hasattr(archer, name), name
+            assert hasattr(archer, name) or hasattr(archer.TokenBaseline, name), name
 
 
 def test_every_tag_stands_in_one_place_and_readme_lists_exactly_those():
@@ -1518,7 +1777,9 @@ def collect(folders):
     default, lines, curves = dataclasses.asdict(Config()), [], {name: [] for name in GAMES}
     for folder in sorted(map(pathlib.Path, folders)):
         config, summary = (json.loads((folder / name).read_text()) for name in ("config.json", "summary.json"))
-        changed = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if k not in ("seed", "out") and v != default[k]]
+        usual = default | GAMES[config["env"]].settings
+        implied = {"seed", "out"} | ({"episodes", "capacity"} if config.get("offline") else set())
+        changed = [f"--{k.replace('_', '-')} {v}" for k, v in config.items() if k not in implied and v != usual[k]]
         lines.append({"settings": f"`{' '.join(changed)}`" if changed else "default", **summary})
         if changed in ([], [f"--env {config['env']}"]):
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -1566,12 +1827,12 @@ ZOO = [
         "`q_loss` is restless; `value` overshoots `discounted_return`, the more so the larger the learning rate",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V's target from the online network",
-        "fresh_q = target.q(target.embed(s), target.embed(fresh))",
-        "fresh_q = critic.q(critic.embed(s), critic.embed(fresh))",
+        "fresh_q = target.q(target.embed(s), target.embed(utterances))",
+        "fresh_q = critic.q(critic.embed(s), critic.embed(utterances))",
         "as above, through `v_loss`",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V learns from the logged utterances",
-        "target.embed(fresh))",
+        "target.embed(utterances))",
         "target.embed(a))",
         "`value` follows old play, not the actor's; advantages stay positive for whatever is better than the buffer, "
         "progress stalls late",
@@ -1607,8 +1868,8 @@ ZOO = [
         "`value` settles below `discounted_return`, the more the longer the episodes; late rewards are not worth the way",
         "test_exact_eq1_as_written"),
     Bug("mean over tokens in place of sum",
-        "(log_p * spoken).sum(1)).mean()",
-        "(log_p * spoken).sum(1) / spoken.sum(1)).mean()",
+        "-(A.detach() * (log_p * spoken).sum(1)).mean()",
+        "-(A.detach() * (log_p * spoken).sum(1) / spoken.sum(1)).mean()",
         "slower, and long utterances count less a token: the length drifts",
         "test_exact_eq3_as_written"),
     Bug("`[B, 1] * [B]` broadcast",
@@ -1637,8 +1898,8 @@ ZOO = [
         "utterances drift in length: when to stop is never trained",
         "test_exact_eq3_sampled_lies_in_its_confidence_interval"),
     Bug("the decoded text is tokenised again",
-        "actor.log_probs(s, token_ids)\n    return",
-        "actor.log_probs(s, [actor.tokenizer.encode(x) for x in a])\n    return",
+        "return s, token_ids, judge(critic, s, a)",
+        "return s, [actor.tokenizer.encode(x) for x in a], judge(critic, s, a)",
         "as above, and what was sampled is not what is trained",
         "test_exact_eq3_sampled_lies_in_its_confidence_interval"),
     Bug("right padding when speaking",
@@ -1703,7 +1964,7 @@ ZOO = [
         "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
     Bug("targets synced once an iteration",
         "soft_update(target, critic, c.tau)",
-        "soft_update(target, critic, c.tau) if k == 0 else None",
+        "soft_update(target, critic, c.tau) if not losses else None",
         "as above, later: a reward travels back only a part of a turn an iteration",
         "test_exact_alg1_line_by_line"),
     Bug("the target is the critic itself",
@@ -1718,7 +1979,7 @@ ZOO = [
         "test_each_head_has_its_own_row"),
     Bug("states of the last play only",
         "[t.s for t in buffer.sample(c.actor_batch)]",
-        "[t.s for e in episodes for t in e][: c.actor_batch]",
+        "[t.s for t in buffer.ring[-c.actor_batch :]]",
         "a state that is no longer visited is forgotten: good play is lost and found again",
         "test_exact_eq3_takes_its_states_from_the_whole_buffer"),
     Bug("the warm start learns the states by heart",
@@ -1727,8 +1988,8 @@ ZOO = [
         "the first point is lower: a part of the warm start went into reciting states",
         "test_exact_warm_start_copies_its_teacher"),
     Bug("the same fresh utterances in every critic step",
-        "fresh[k * c.critic_batch : (k + 1) * c.critic_batch]",
-        "fresh[: c.critic_batch]",
+        "return [[next(texts) for _ in batch] for batch in batches]",
+        "return [[next(texts) for _ in batches[0]]] * len(batches)",
         "V is the value of what would be said elsewhere: wrong `value`, advantages mostly positive or mostly negative",
         "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
     Bug("the ring forgets to wrap",
@@ -1742,8 +2003,8 @@ ZOO = [
         "none to speak of; some transitions never leave",
         "test_the_ring_holds_the_last_transitions_and_samples_them_evenly"),
     Bug("stale log-probabilities: a copy of the actor is trained",
-        "policy_gradient(actor, critic, [",
-        "policy_gradient(copy.deepcopy(actor), critic, [",
+        "in actor_losses(actor, critic, buffer, c)",
+        "in actor_losses(copy.deepcopy(actor), critic, buffer, c)",
         "perfectly flat, while every loss looks sane",
         "test_exact_alg1_lines_20_to_22_move_the_actor_once_the_warm_up_is_over"),
     Bug("actor steps during the warm-up",
@@ -1751,6 +2012,61 @@ ZOO = [
         "c.actor_steps",
         "a drop in the first iterations, from a critic that knows nothing; it may never recover",
         "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
+    Bug("the sign in print: V - Q in Eq. 6",
+        "u = q.detach() - v",
+        "u = v - q.detach()",
+        "V becomes what the worst of the logged utterances are worth; advantages are positive nearly everywhere",
+        "test_exact_eq6_as_written"),
+    Bug("no stop-gradient on the expectile's target",
+        "u = q.detach() - v",
+        "u = q - v",
+        "none here, as a target network cuts the gradient too",
+        "test_no_gradient_flows_through_a_target_or_an_advantage_of_the_other_losses"),
+    Bug("IQL asks for fresh utterances",
+        '"iql": lambda c: (logged_utterances,',
+        '"iql": lambda c: (fresh_utterances,',
+        "V is asked about utterances that were never logged, offline the critic overestimates without limit",
+        "test_iql_and_awr_say_nothing_and_learn_from_what_was_logged"),
+    Bug("the token baseline sees the token that it judges",
+        "hidden[:, -L - 1 : -1]",
+        "hidden[:, -L:]",
+        "the baseline explains the advantage away: the actor learns little, `advantage_std` looks sane",
+        "test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only"),
+    Bug("the baseline is added",
+        "(A[:, None] - v).detach()",
+        "(A[:, None] + v).detach()",
+        "slower and noisier than without a baseline",
+        "test_exact_eq5_as_written"),
+    Bug("no stop-gradient on the baseline in Eq. 5",
+        "(A[:, None] - v).detach()",
+        "(A[:, None].detach() - v)",
+        "none where only the actor's optimizer steps; with one optimizer for both, the baseline chases log-probabilities",
+        "test_no_gradient_flows_through_a_target_or_an_advantage_of_the_other_losses"),
+    Bug("the baseline learns a mean over tokens",
+        "((v - A.detach()[:, None]).pow(2) * spoken).sum(1).mean()",
+        "((v - A.detach()[:, None]).pow(2) * spoken).mean()",
+        "hard to see: a slower baseline",
+        "test_exact_eq4_as_written"),
+    Bug("PPO takes the larger of its two terms",
+        "torch.minimum(ratio",
+        "torch.maximum(ratio",
+        "the ratio runs off where it should be held: collapse with many epochs",
+        "test_exact_ppo_as_written"),
+    Bug("PPO's old log-probabilities are those of now",
+        "yield ppo_loss(log_p, old_log_p,",
+        "yield ppo_loss(log_p, log_p,",
+        "nothing is ever clipped: fine with one epoch, restless with many",
+        "test_exact_ppo_begins_as_eq3_and_stops_where_the_ratio_is_clipped"),
+    Bug("AWR's weights turned round",
+        "(beta * A.detach()).exp()",
+        "(-beta * A.detach()).exp()",
+        "the worst utterances are copied: the return falls below the warm start",
+        "test_exact_eq7_as_written"),
+    Bug("AWR's weights are not bounded",
+        ".exp().clamp(max=bound)",
+        ".exp()",
+        "a few utterances rule a batch: spikes, later nonsense",
+        "test_exact_eq7_as_written"),
     Bug("gradients pile up",
         "optimizer.zero_grad()",
         "pass",
