@@ -3,9 +3,9 @@
 Two learners take turns. A critic learns off-policy, from a replay buffer, what a whole utterance is worth: Eqs. 1 and 2.
 The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward: Eq. 3.
 
-    python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: about a minute
+    python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: a minute or two
     python archer.py --env twenty_questions   another game, about three minutes
-    python archer.py --help                   every setting; --actor gpt2 --critic roberta-base are the paper's models
+    python archer.py --help                   every setting
 
 First half: the algorithm, in the paper's order; `train` is its Algorithm 1. Second half: the workshop (models, evaluation,
 files, command line). On the first reading skip what Eqs. 4 to 7 and PPO bring: `reinforce` is the default. Left out: LoRA, several GPUs.
@@ -47,7 +47,7 @@ class Config:
 
     demonstrations: int = 2000  # episodes of sub-optimal play; 0: no warm start, the actor must already speak
     warm_start_steps: int = 1200  # few: it says anything anywhere, and ArCHer starts from there; many: slow
-    warm_start_lr: float = 4e-3  # falls to zero over the warm start; large: the loss diverges, small: it babbles
+    warm_start_lr: float = 4e-3  # falls to zero; large: the loss diverges, small: it babbles; a pretrained GPT-2 wants 1e-4
     warm_start_batch: int = 128  # transitions in a step of the warm start; small: noisy, large: slow
 
     iterations: int = 60  # rounds of play, critic steps and actor steps; few: still rising, many: nothing new is learned
@@ -71,8 +71,8 @@ class Config:
 
     actor_loss: str = "reinforce"  # Eq. 3; or baseline: Eqs. 4 and 5; ppo: a clipped ratio; awr: Eq. 7, on logged utterances
     baseline_steps: int = 4  # of the token-level baseline, before an actor step; 0: Eq. 5 with a baseline that never learned, many: slow
-    ppo_epochs: int = 3  # steps on the same fresh utterances; 1: Eq. 3 again, many: clipping stops most of them
-    ppo_clip: float = 0.2  # how far a token's probability ratio may go; 0: nowhere, huge: no clipping
+    ppo_epochs: int = 3  # descents an actor step, on the same fresh utterances; 1: Eq. 3 again, many: clipping stops most of them
+    ppo_clip: float = 0.2  # how far a token's probability ratio may go; 0: as good as one step, huge: no clipping
     awr_beta: float = 1.0  # 0: copies whatever was logged; large: copies the best only
     critic_loss: str = "td"  # Eqs. 1 and 2; or iql: Eqs. 1 and 6, on logged utterances: nothing is generated
     expectile: float = 0.9  # of iql; 0.5: V is the mean of what was logged (SARSA), near 1: of its best
@@ -455,8 +455,8 @@ def rollout(game, actor, episodes, rng, greedy=False):
         still_playing = []
         for i, a, token_ids in zip(playing, *actor.act([states[i] for i in playing], greedy)):
             s2, r, terminated, truncated, _ = games[i].step(a)
-            r = float(r)  # a game may count in numpy's numbers, which json cannot write
-            played[i].append(Transition(states[i], a, token_ids, r, s2, terminated))
+            # A game may count in numpy's numbers, which json cannot write.
+            played[i].append(Transition(states[i], a, token_ids, float(r), s2, bool(terminated)))
             states[i] = s2
             if not (terminated or truncated):
                 still_playing.append(i)
@@ -532,8 +532,8 @@ def check(c):
             fail(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
     if not (c.actor or c.offline) and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
         fail("a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
-    if c.save_data and not pathlib.Path(c.save_data).absolute().parent.is_dir():
-        fail(f"cannot write {c.save_data}: its folder does not exist")
+    if c.save_data and (pathlib.Path(c.save_data).is_dir() or not pathlib.Path(c.save_data).absolute().parent.is_dir()):
+        fail(f"cannot write {c.save_data}: it is a folder, or its folder does not exist")
     if c.out and pathlib.Path(c.out, "summary.json").exists():
         fail(f"--out {c.out} holds an earlier run; name another folder")
 
@@ -656,19 +656,29 @@ def table(summary):
     return "\n".join(lines) + "\n{episodes} episodes, {utterances} utterances, {seconds:.0f} seconds on {device}".format(**summary)
 
 
-def run(c):
-    """Warm start, train, evaluate, write everything into a folder. Returns the summary."""
+def prepare(c):
+    """Checks the settings and loads or makes all that they name. Returns the settings as they will be used, actor and critic
+    before any training, the episodes to begin with, and these as transitions."""
     check(c)
-    began, game, metrics = time.time(), GAMES[c.env], []
     torch.manual_seed(c.seed)
-    exact = lambda name: getattr(game, name)() if hasattr(game, name) else None
-    played = game.demonstrations(c.demonstrations, c.seed) if c.demonstrations and hasattr(game, "demonstrations") else []
+    game, played = GAMES[c.env], []
     if c.offline:
         played = read_episodes(c.offline, fail)
-        c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, played)))
+        c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, played))))
+    elif c.demonstrations and hasattr(game, "demonstrations"):
+        played = game.demonstrations(c.demonstrations, c.seed)
+    if not c.episodes and not (any(played) and c.demonstrations_in_buffer):
+        fail("there is nothing to learn from: no play (--episodes, --offline) and no demonstrations")
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
-    folder = make_folder(c)
-    demonstrations = [Transition(s, a, [*actor.tokens_of(a), actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
+    turns = [Transition(s, a, [*actor.tokens_of(a), actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
+    return c, actor, critic, played, turns
+
+
+def run(c):
+    """Warm start, train, evaluate, write everything into a folder. Returns the summary."""
+    began, metrics, (c, actor, critic, played, demonstrations) = time.time(), [], prepare(c)
+    game, folder = GAMES[c.env], make_folder(c)
+    optimum, chance = (getattr(game, name)() if hasattr(game, name) else None for name in ("optimal_return", "random_return"))
     if demonstrations:
         warm_start(actor, demonstrations, c)
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
@@ -680,21 +690,22 @@ def run(c):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
     train(game, actor, critic, demonstrations, c, report)
-    utterances, after = utterances + actor.utterances, test(2)
-    start, end, greedy, optimum = mean_return(before), mean_return(after), mean_return(test(3, greedy=True)), exact("optimal_return")
-    summary = {
-        "game": c.env, "seed": c.seed, "random": exact("random_return"), "start": start, "end": end, "greedy": greedy,
-        "optimum": optimum, "gap_closed": None if optimum is None else (end - start) / (optimum - start),
-        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device)}
-    text = "\n".join(dialogue(title, e[0], actor, critic) for title, e in (("Before training", before), ("After training", after)))
-    (folder / "dialogues.txt").write_text(text)
-    if c.episodes and metrics:
-        plot_curve(metrics, summary, c, folder / "curve.png")
-    if c.save_data:
-        write_episodes(c.save_data, played)
     actor.model.save_pretrained(folder / "actor")
     actor.tokenizer.save_pretrained(folder / "actor")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+    if c.save_data:
+        write_episodes(c.save_data, played)
+    utterances, after = utterances + actor.utterances, test(2)
+    start, end, greedy = mean_return(before), mean_return(after), mean_return(test(3, greedy=True))
+    summary = {
+        "game": c.env, "seed": c.seed, "random": chance, "start": start, "end": end, "greedy": greedy,
+        "optimum": optimum, "gap_closed": None if optimum in (None, start) else (end - start) / (optimum - start),
+        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device)}
+    titles = ("Before training, judged by the trained models", before), ("After training", after)
+    text = "\n".join(dialogue(title, e[0], actor, critic) for title, e in titles)
+    (folder / "dialogues.txt").write_text(text)
+    if c.episodes and metrics:
+        plot_curve(metrics, summary, c, folder / "curve.png")
     summary["seconds"] = time.time() - began
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{text}\n{table(summary)}\nfigure, model and the rest: {folder}/")

@@ -451,7 +451,7 @@ class WebShop(TextGame):
         return position, "no", 0.0, False
 
     def observe(self):
-        last_search = max((i for i, (u, _) in enumerate(self.history) if u.startswith("search ")), default=0)
+        last_search = max((i for i, (u, _) in enumerate(self.history) if u.split()[:1] == ["search"]), default=0)
         shown = "".join(f" {u}:{reply}" for u, reply in self.history[last_search:])
         return "Wanted: {} {} {} under-{}".format(*self.hidden) + shown + "\n"
 

@@ -763,6 +763,14 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(small_run, tmp_path):
     assert (tmp_path / "other/metrics.jsonl").read_bytes() != (small_run / "metrics.jsonl").read_bytes()
 
 
+def test_a_start_at_the_optimum_leaves_no_gap_to_close(small_run, tmp_path, monkeypatch):
+    start = json.loads((small_run / "summary.json").read_text())["start"]
+    monkeypatch.setattr(Detective, "optimal_return", lambda: start)
+    archer.main([*SMALL, "--iterations", "0", "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["start"] == summary["optimum"] and summary["gap_closed"] is None
+
+
 def test_what_was_saved_is_learned_from_offline_without_playing(tmp_path, monkeypatch):
     """--save-data writes demonstrations and play; --offline reads them, trains and plays in the evaluations only."""
     file, evaluated = tmp_path / "data.jsonl", Config(**dict(zip([o[2:].replace("-", "_") for o in SMALL[::2]], SMALL[1::2]))).evaluation_episodes
@@ -819,6 +827,7 @@ def test_a_game_with_nothing_but_reset_and_step_can_be_trained_on(small_run, tmp
     ["--out", "{run}"], ["--actor-lr", "nan"], ["--seed", "x"], ["--out", "{run}/summary.json"],
     ["--actor-loss", "sft"], ["--critic-loss", "mc"], ["--expectile", "2"], ["--ppo-epochs", "0"],
     ["--offline", "no/such/file"], ["--offline", "{run}/config.json"], ["--save-data", "no/such/folder/file"],
+    ["--offline", "/dev/null"], ["--episodes", "0", "--no-demonstrations-in-buffer"], ["--save-data", "{run}"],
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, small_run, capsys):
     arguments = [a.format(run=small_run) for a in arguments]
