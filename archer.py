@@ -626,7 +626,7 @@ def dialogue(title, episode, actor, critic):
     lines = [f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n")]
     for t, (q, v, A, log_p) in zip(episode, numbers):
         lines.append(f"> {t.a:<24} r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}")
-        lines.append((t.s2.removeprefix(t.s.rstrip("\n")) or t.s2).rstrip("\n"))
+        lines.append((t.s2.rstrip("\n").removeprefix(t.s.rstrip("\n")) or t.s2).rstrip("\n"))
     return "\n".join(lines) + "\n"
 
 

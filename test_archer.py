@@ -1773,6 +1773,7 @@ def plot_games(curves, path):
             axes.axhline(runs[0][0][level], color="black", linestyle=style, linewidth=1, label=level)
         known = "at most " if hasattr(GAMES[name], "bound") else ""
         axes.set_title(f"{name}: {len(runs)} seeds\nrandom {runs[0][0]['random']:.2f}, optimum {known}{runs[0][0]['optimum']:.2f}", fontsize=9)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("episodes played", fontsize=8)
         axes.set_ylabel("return of an episode, sampled play", fontsize=8)
     panels[-1].axis("off")
