@@ -919,14 +919,14 @@ def exact_values(actor, gamma):
 
 
 def test_exact_advantage_is_what_the_critic_learns():
-    """On the actor's own fresh utterances, not the buffer's, which it has seen."""
+    """On the actor's own fresh utterances, not the buffer's, which it has seen; after the warm-up, when the actor begins to move."""
     torch.manual_seed(0)
     c = Config(warm_start_steps=150)
     played = Detective.demonstrations(c.demonstrations, seed=5)
     actor, critic = archer.build(c, [s + a + "\n" + s2 for e in played for s, a, _, s2, _ in e])
     transitions = [Transition(s, a, [*actor.encode([a])[0], actor.end], r, s2, d) for e in played for s, a, r, s2, d in e]
     archer.warm_start(actor, transitions, c)
-    frozen = dataclasses.replace(c, iterations=6, warmup_iterations=6, episodes=8)
+    frozen = dataclasses.replace(c, iterations=c.warmup_iterations, episodes=8)
     archer.train(Detective, actor, critic, transitions, frozen)
     exact = exact_values(actor, c.gamma)
     states = [t.s for t in random.Random(0).sample(transitions, 600)]
@@ -1868,8 +1868,8 @@ ZOO = [
         "`value` keeps rising above `discounted_return`, by what V invents for states that never come",
         "test_exact_eq1_as_written"),
     Bug("a time limit taken for an end",
-        "token_ids, r, s2, terminated)",
-        "token_ids, r, s2, terminated or truncated)",
+        "s2, bool(terminated))",
+        "s2, bool(terminated or truncated))",
         "`value` too low wherever play is often cut; slow episodes look hopeless rather than slow",
         "test_rewards_of_zero_change_nothing_about_turn_boundaries"),
     Bug("gamma twice",
