@@ -292,8 +292,8 @@ def v_loss(v, fresh_q):
 def expectile_loss(v, q, expectile):
     """V learns an expectile of Q over the logged utterances: near 1, what the best of them is worth (Eq. 6).
 
-    v, q: [2, B]; q comes from the target network. Asymmetric squares of u = Q - V, so that V below Q costs more. With V - Q, as
-    the paper prints it, V would become what the worst are worth.
+    v, q: [2, B]; q comes from the target network. Asymmetric squares of u = Q - V, so that V below Q costs more. With V - Q, the
+    sign that print seems to have (we know it from a transcription), V would become what the worst are worth.
     """
     u = q.detach() - v
     return ((expectile - (u < 0).to(u)).abs() * u.pow(2)).mean(1).sum()
@@ -420,7 +420,7 @@ class TokenBaseline(Actor):
 
 
 def ppo(actor, critic, buffer, c):
-    """Several descents on a batch of fresh utterances: any policy gradient over tokens can be the low level (Sec. 3)."""
+    """Several descents on a batch of fresh utterances: the paper allows any policy gradient over tokens as the low level."""
     s, token_ids, A = fresh_batch(actor, critic, buffer, c)
     old_log_p = actor.log_probs(s, token_ids)[0].detach()
     for _ in range(c.ppo_epochs):

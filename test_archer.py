@@ -771,6 +771,41 @@ def test_a_start_at_the_optimum_leaves_no_gap_to_close(small_run, tmp_path, monk
     assert summary["start"] == summary["optimum"] and summary["gap_closed"] is None
 
 
+LOSSES_OF_A_RUN = ("v_loss", "expectile_loss", "actor_loss", "baseline_loss", "actor_loss_with_baseline", "ppo_loss", "awr_loss")
+
+
+@pytest.mark.parametrize("arguments, calls", [
+    ("", {"v_loss": 9, "actor_loss": 2}),
+    ("--actor-loss baseline --baseline-steps 5", {"v_loss": 9, "baseline_loss": 10, "actor_loss_with_baseline": 2}),
+    ("--actor-loss ppo --ppo-epochs 4 --ppo-clip 0.3", {"v_loss": 9, "ppo_loss": 8}),
+    ("--actor-loss awr --awr-beta 2.5 --critic-loss iql --expectile 0.7", {"expectile_loss": 9, "awr_loss": 2}),
+])  # fmt: skip
+def test_settings_reach_their_losses_and_no_others(arguments, calls, tmp_path, monkeypatch):
+    """Three iterations of three critic steps; an actor step in each of the last two."""
+    counted, values = collections.Counter(), set()
+
+    def spy(name, loss):
+        def call(*x, **named):
+            counted[name] += 1
+            values.update(y for y in (*x, *named.values()) if isinstance(y, float))
+            return loss(*x, **named)
+
+        return call
+
+    for name in LOSSES_OF_A_RUN:
+        monkeypatch.setattr(archer, name, spy(name, getattr(archer, name)))
+    archer.main([*SMALL, *arguments.split(), "--out", str(tmp_path)])
+    assert counted == calls and values == {float(x) for x in re.findall(r"\d\.\d", arguments)}
+
+
+def test_a_search_for_nothing_clears_the_shops_list_and_what_is_shown():
+    game = WebShop()
+    game.reset(seed=0)
+    for said in ("search red lamp", "search"):
+        shown, *_ = game.step(said)
+    assert "search:nothing" in shown and "lamp:" not in shown and "alba" not in shown
+
+
 def test_what_was_saved_is_learned_from_offline_without_playing(tmp_path, monkeypatch):
     """--save-data writes demonstrations and play; --offline reads them, trains and plays in the evaluations only."""
     file, evaluated = tmp_path / "data.jsonl", Config(**dict(zip([o[2:].replace("-", "_") for o in SMALL[::2]], SMALL[1::2]))).evaluation_episodes
@@ -2022,7 +2057,7 @@ ZOO = [
         "c.actor_steps",
         "a drop in the first iterations, from a critic that knows nothing; it may never recover",
         "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
-    Bug("the sign in print: V - Q in Eq. 6",
+    Bug("V - Q in Eq. 6",
         "u = q.detach() - v",
         "u = v - q.detach()",
         "V becomes what the worst of the logged utterances are worth; advantages are positive nearly everywhere",
