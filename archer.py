@@ -18,7 +18,6 @@ import argparse
 import copy
 import dataclasses
 import functools
-import inspect
 import json
 import pathlib
 import random
@@ -27,7 +26,9 @@ import sys
 import time
 from typing import NamedTuple
 
+import tokenizers
 import torch
+import transformers
 from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
@@ -45,28 +46,25 @@ class Config:
     critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
     out: str = ""  # folder to write into; empty: a new one under runs/
 
-    demonstrations: int = 2000  # episodes of sub-optimal play; 0: no warm start, the actor must already speak
+    demonstrations: int = 2000  # episodes of sub-optimal play, for warm start and buffer; 0: no warm start, the actor must already speak
     warm_start_steps: int = 1200  # few: it says anything anywhere, and ArCHer starts from there; many: slow
     warm_start_lr: float = 4e-3  # falls to zero; large: the loss diverges, small: it babbles; a pretrained GPT-2 wants 1e-4
-    warm_start_batch: int = 128  # transitions in a step of the warm start; small: noisy, large: slow
 
     iterations: int = 60  # rounds of play, critic steps and actor steps; few: still rising, many: nothing new is learned
     warmup_iterations: int = 10  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
     episodes: int = 128  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
     utterance_tokens: int = 8  # an utterance is cut here if no newline ends it; small: half sentences, large: slow babble
     capacity: int = 10_000  # transitions the buffer holds; small: near on-policy, large: slow to forget
-    demonstrations_in_buffer: bool = True  # the buffer begins with them, the last that fit; off: only the actor's own play
 
     critic_steps: int = 50  # in an iteration; few: the actor outruns the critic, many: slow
-    critic_batch: int = 128  # transitions in a critic step; small: noisy, large: slow
     critic_lr: float = 1e-3  # large: Q runs away, small: slow; a pretrained encoder wants 2e-5
     gamma: float = 0.97  # discount a turn; 0: only the next reward counts, 1: late is as good as soon
     head_gain: float = 1.4  # initial weights of the critic's heads; 0.6: about torch's default, nearly linear; large: restless
     tau: float = 0.2  # soft update; 1: no target network, 0: the target never moves
 
     actor_steps: int = 4  # in an iteration; 0: only the critic learns, many: the actor leaves what the critic has seen
-    actor_batch: int = 128  # states in an actor step; small: noisy, large: slow
     actor_lr: float = 3e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
+    batch: int = 128  # transitions in a step of the warm start or the critic, states in one of the actor; small: noisy, large: slow
     clip: float = 1.0  # gradient norm, actor and critic apart; tiny: every step has the same length, huge: no clipping
 
     actor_loss: str = "reinforce"  # Eq. 3; or baseline: Eqs. 4 and 5; ppo: a clipped ratio; awr: Eq. 7, on logged utterances
@@ -106,13 +104,11 @@ class ReplayBuffer:
         """capacity: transitions; seed: of the sampling."""
         self.capacity, self.ring, self.next, self.rng = capacity, [], 0, random.Random(seed)
 
-    def add(self, transition):
-        """Takes the place of the oldest one, once the ring is full."""
-        if len(self.ring) < self.capacity:
-            self.ring.append(transition)
-        else:
-            self.ring[self.next] = transition
-        self.next = (self.next + 1) % self.capacity
+    def add(self, transitions):
+        """Each takes the place of the oldest one, once the ring is full."""
+        for transition in transitions:
+            self.ring[self.next : self.next + 1] = [transition]  # of an empty slice at the end of a list this makes a longer list
+            self.next = (self.next + 1) % self.capacity
 
     def sample(self, n):
         """A list of n transitions."""
@@ -129,9 +125,8 @@ def pad(rows, fill, device, left=False):
     """Lists of ids -> ids and mask, [B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
     width = max(map(len, rows))
     side = (lambda row, gap: gap + row) if left else (lambda row, gap: row + gap)
-    ids = [side(row, [fill] * (width - len(row))) for row in rows]
-    mask = [side([1] * len(row), [0] * (width - len(row))) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    ids = torch.tensor([side(row, [fill] * (width - len(row))) for row in rows], device=device)
+    return ids, torch.tensor([side([1] * len(row), [0] * (width - len(row))) for row in rows], device=device)
 
 
 def positions(mask):
@@ -194,12 +189,11 @@ class Actor(nn.Module):
         return [text.removesuffix("\n") for text in self.tokenizer.batch_decode(said)], said
 
     def act_many(self, states, size=1024):
-        """`act` on any number of states, in a few large batches."""
-        texts, token_ids = [None] * len(states), [None] * len(states)
+        """What `act` says at any number of states, as text, in a few large batches."""
+        texts = {}
         for rows in by_length(states, size):
-            for i, text, ids in zip(rows, *self.act([states[i] for i in rows])):
-                texts[i], token_ids[i] = text, ids
-        return texts, token_ids
+            texts.update(zip(rows, self.act([states[i] for i in rows])[0]))
+        return [texts[i] for i in range(len(states))]
 
     def log_probs(self, states, token_ids, size=64):
         """log pi(a^i | s, a^{1:i-1}) of every token that was spoken, its end token included.
@@ -224,6 +218,15 @@ class Actor(nn.Module):
         return log_p.gather(2, ids[:, -L:, None]).squeeze(2)
 
 
+def value_head(width, h, gain):
+    """width-h-h-1 with ReLU. Easy to overlook: with small initial weights a head is nearly linear, and is slow to see Q as
+    more than a state's part plus an utterance's part: which utterance suits which state."""
+    layers = [nn.Linear(width, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
+    for layer in layers[::2]:
+        nn.init.orthogonal_(layer.weight, gain)
+    return nn.Sequential(*layers)
+
+
 class DoubleCritic(nn.Module):
     """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled."""
 
@@ -233,28 +236,23 @@ class DoubleCritic(nn.Module):
         h, room = encoder.config.hidden_size, min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
         self.tokens_of = functools.lru_cache(2**16)(
             lambda text: tokenizer.encode(text, truncation=True, max_length=room) or [tokenizer.pad_token_id])
-        self.q_heads = nn.ModuleList([self.head(2 * h, h, gain) for _ in range(2)])
-        self.v_heads = nn.ModuleList([self.head(h, h, gain) for _ in range(2)])
-
-    @staticmethod
-    def head(width, h, gain):
-        """width-h-h-1 with ReLU. Easy to overlook: with small initial weights a head is nearly linear, and is slow to see Q as
-        more than a state's part plus an utterance's part: which utterance suits which state."""
-        layers = [nn.Linear(width, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
-        for layer in layers[::2]:
-            nn.init.orthogonal_(layer.weight, gain)
-        return nn.Sequential(*layers)
+        self.q_heads = nn.ModuleList([value_head(2 * h, h, gain) for _ in range(2)])
+        self.v_heads = nn.ModuleList([value_head(h, h, gain) for _ in range(2)])
 
     def embed(self, texts, size=64):
         """[B, H]: the mean over a text's tokens. Each distinct text is encoded once; observations repeat a lot."""
         distinct, pooled = sorted(dict.fromkeys(texts), key=len), []
         for i in range(0, len(distinct), size):
-            rows = [self.tokens_of(text) for text in distinct[i : i + size]]
-            ids, mask = pad(rows, self.tokenizer.pad_token_id, self.encoder.device)
+            ids, mask = pad([self.tokens_of(x) for x in distinct[i : i + size]], self.tokenizer.pad_token_id, self.encoder.device)
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             pooled.append((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True))
         row = {text: i for i, text in enumerate(distinct)}
         return torch.cat(pooled)[[row[text] for text in texts]]
+
+    def forward(self, s, a):
+        """Q_1 and Q_2 of utterances at states, V_1 and V_2 of the states, [2, B] each, from their texts."""
+        e_s = self.embed(s)
+        return self.q(e_s, self.embed(a)), self.v(e_s)
 
     def q(self, e_s, e_a):
         """Q_1(s, a) and Q_2(s, a), [2, B], from the embeddings of s and a."""
@@ -353,7 +351,7 @@ def descend(loss, network, optimizer, clip):
 
 def fresh_utterances(actor, batches):
     """For Eq. 2, what the actor would say now. It rests while the critic learns, so all can be drawn in one go."""
-    texts = iter(actor.act_many([t.s for batch in batches for t in batch])[0])
+    texts = iter(actor.act_many([t.s for batch in batches for t in batch]))
     return [[next(texts) for _ in batch] for batch in batches]
 
 
@@ -366,32 +364,29 @@ def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
     """Eqs. 1 and 2 on a list of transitions and one fresh utterance for each of their states; Eq. 6 with the logged ones."""
     # Each head of the double critic learns from its own target; the minimum of the two is for the actor only.
     s, a, _, r, s2, done = zip(*batch)
-    e_s, e_a = critic.embed(s), critic.embed(a)
-    r, done = torch.tensor([r, done], dtype=torch.float32, device=e_s.device)
+    q, v = critic(s, a)
+    r, done = torch.tensor([r, done], dtype=torch.float32, device=v.device)
     with torch.no_grad():
         next_v = target.v(target.embed(s2))
-        fresh_q = target.q(target.embed(s), target.embed(utterances))
-    return q_loss(critic.q(e_s, e_a), r, done, next_v, gamma), loss_of_v(critic.v(e_s), fresh_q)
+        fresh_q, _ = target(s, utterances)
+    return q_loss(q, r, done, next_v, gamma), loss_of_v(v, fresh_q)
 
 
 @torch.no_grad()
-def judge(critic, s, a):
-    """The online critic's advantages, [B], of utterances at states."""
-    e_s = critic.embed(s)
-    return advantage(critic.q(e_s, critic.embed(a)), critic.v(e_s))
+def judged_batch(actor, critic, buffer, c, fresh=True):
+    """States from the buffer, utterances as token ids, and the online critic's advantages [B], neither centred nor scaled.
 
-
-def fresh_batch(actor, critic, buffer, c):
-    """States from the buffer, as token ids the utterances that the actor says there now, and their advantages [B]; the logged
-    utterances play no part, and the advantage is neither centred nor scaled."""
-    s = [t.s for t in buffer.sample(c.actor_batch)]
-    a, token_ids = actor.act(s)
-    return s, token_ids, judge(critic, s, a)
+    fresh: the utterances are those that the actor says there now, and the logged ones play no part.
+    """
+    s, a, token_ids, *_ = zip(*buffer.sample(c.batch))
+    if fresh:
+        a, token_ids = actor.act(s)
+    return s, token_ids, advantage(*critic(s, a))
 
 
 def reinforce(actor, critic, buffer, c):
     """An actor step with Eq. 3. Like its siblings below it yields a loss, and its advantages, for every descent to make."""
-    s, token_ids, A = fresh_batch(actor, critic, buffer, c)
+    s, token_ids, A = judged_batch(actor, critic, buffer, c)
     log_p, spoken = actor.log_probs(s, token_ids)
     yield actor_loss(log_p, spoken, A), A
 
@@ -412,7 +407,7 @@ class TokenBaseline(Actor):
     def improve(self, actor, critic, buffer, c):
         """Steps of its own with Eq. 4, then one of the actor with Eq. 5. (In Algorithm 1 all of the former come first.)"""
         for k in range(c.baseline_steps + 1):  # (Alg. 1, lines 16-19)
-            s, token_ids, A = fresh_batch(actor, critic, buffer, c)
+            s, token_ids, A = judged_batch(actor, critic, buffer, c)
             v, spoken = self.log_probs(s, token_ids)
             if k < c.baseline_steps:
                 descend(baseline_loss(v, spoken, A), self, self.optimizer, c.clip)
@@ -421,7 +416,7 @@ class TokenBaseline(Actor):
 
 def ppo(actor, critic, buffer, c):
     """Several descents on a batch of fresh utterances: the paper allows any policy gradient over tokens as the low level."""
-    s, token_ids, A = fresh_batch(actor, critic, buffer, c)
+    s, token_ids, A = judged_batch(actor, critic, buffer, c)
     old_log_p = actor.log_probs(s, token_ids)[0].detach()
     for _ in range(c.ppo_epochs):
         log_p, spoken = actor.log_probs(s, token_ids)
@@ -430,8 +425,7 @@ def ppo(actor, critic, buffer, c):
 
 def awr(actor, critic, buffer, c):
     """An actor step with Eq. 7: the only one of the four that learns from logged utterances."""
-    s, a, token_ids, *_ = zip(*buffer.sample(c.actor_batch))
-    A = judge(critic, s, a)
+    s, token_ids, A = judged_batch(actor, critic, buffer, c, fresh=False)
     log_p, spoken = actor.log_probs(s, token_ids)
     yield awr_loss(log_p, spoken, A, c.awr_beta), A
 
@@ -467,12 +461,11 @@ def rollout(game, actor, episodes, rng, greedy=False):
 def warm_start(actor, transitions, c):
     """Supervised fine-tuning on demonstrations, where the paper's actors come from too."""
     rng, optimizer = random.Random(c.seed), torch.optim.Adam(actor.parameters())
-    for step in tqdm(range(c.warm_start_steps), "warm start"):
+    for step in tqdm(range(c.warm_start_steps if transitions else 0), "warm start"):
         optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
-        batch = rng.choices(transitions, k=c.warm_start_batch)
+        batch = rng.choices(transitions, k=c.batch)
         log_p, spoken = actor.log_probs([t.s for t in batch], [t.ids for t in batch])
-        loss = -(log_p * spoken).sum() / spoken.sum()
-        descend(loss, actor, optimizer, c.clip)
+        descend(-(log_p * spoken).sum() / spoken.sum(), actor, optimizer, c.clip)
 
 
 def train(game, actor, critic, demonstrations, c, report=lambda metrics, episodes: None):
@@ -486,13 +479,11 @@ def train(game, actor, critic, demonstrations, c, report=lambda metrics, episode
     critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr)
     actor_losses, (utterances_for_v, loss_of_v) = ACTOR_LOSSES[c.actor_loss](actor, c), CRITIC_LOSSES[c.critic_loss](c)
     buffer, rng = ReplayBuffer(c.capacity, c.seed), random.Random(c.seed)
-    for transition in demonstrations if c.demonstrations_in_buffer else []:  # (Alg. 1, line 2)
-        buffer.add(transition)
+    buffer.add(demonstrations)  # (Alg. 1, line 2)
     for iteration in tqdm(range(c.iterations), "ArCHer"):  # (Alg. 1, line 3)
         episodes = rollout(game, actor, c.episodes, rng)  # (Alg. 1, lines 4-7)
-        for transition in sum(episodes, []):
-            buffer.add(transition)
-        batches = [buffer.sample(c.critic_batch) for _ in range(c.critic_steps)]
+        buffer.add(sum(episodes, []))
+        batches = [buffer.sample(c.batch) for _ in range(c.critic_steps)]
         losses, advantages = [], []
         for batch, utterances in zip(batches, utterances_for_v(actor, batches)):  # (Alg. 1, line 8)
             loss_q, loss_v = critic_loss(critic, target, batch, utterances, c.gamma, loss_of_v)
@@ -522,14 +513,12 @@ def check(c):
     for option, names in (("env", GAMES), ("actor_loss", ACTOR_LOSSES), ("critic_loss", CRITIC_LOSSES)):
         if getattr(c, option) not in names:
             fail(f"--{option.replace('_', '-')} cannot be {getattr(c, option)!r}; choose from {', '.join(names)}")
-    may_be_zero = {"seed", "demonstrations", "warm_start_steps", "iterations", "warmup_iterations", "episodes", "tau", "gamma",
-                   "actor_steps", "baseline_steps", "ppo_clip", "awr_beta", "expectile"}
-    at_most_one = {"gamma", "tau", "expectile"}
-    for field in dataclasses.fields(c):
-        value, zero, most = getattr(c, field.name), field.name in may_be_zero, 1 if field.name in at_most_one else float("inf")
-        if field.type in (int, float) and not (0 < value <= most or (value == 0 and zero)):
-            bounds = ("0 or more" if zero else "more than 0") + ", at most 1" * (most == 1)
-            fail(f"--{field.name.replace('_', '-')} must be {bounds}, not {value}")
+    positive = {"warm_start_lr", "utterance_tokens", "capacity", "critic_steps", "critic_lr", "head_gain", "actor_lr", "batch", "clip",
+                "ppo_epochs", "evaluation_episodes"}
+    for name, value in vars(c).items():
+        least, most = "more than 0" if name in positive else "0 or more", 1 if name in ("gamma", "tau", "expectile") else float("inf")
+        if not isinstance(value, str) and not (0 < value <= most or (value == 0 and name not in positive)):
+            fail(f"--{name.replace('_', '-')} must be {least}{', at most 1' * (most == 1)}, not {value}")
     if not (c.actor or c.offline) and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
         fail("a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
     if c.save_data and (pathlib.Path(c.save_data).is_dir() or not pathlib.Path(c.save_data).absolute().parent.is_dir()):
@@ -551,24 +540,21 @@ def make_folder(c):
 
 def tiny_tokenizer(texts):
     """Byte-level BPE trained on the game's own text: the game's words are one token each, and any string can be written."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    words = pre_tokenizers.Split(Regex(r"\n| ?\S+|\s"), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe, end = Tokenizer(models.BPE()), "<|endoftext|>"
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence([words, to_bytes]), decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n| ?\S+|\s"), "isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe, end = tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>"
+    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.Sequence([words, to_bytes]), tokenizers.decoders.ByteLevel()
+    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=2048, initial_alphabet=to_bytes.alphabet(), special_tokens=[end], show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, model_max_length=256, truncation_side="left")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=end, pad_token=end, model_max_length=256, truncation_side="left")
 
 
 def load(model_class, name):
     """A pretrained model and its tokenizer, from the hub or a folder."""
-    from transformers import AutoTokenizer
-
     try:
-        return model_class.from_pretrained(name, trust_remote_code=False), AutoTokenizer.from_pretrained(name, truncation_side="left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+        return model_class.from_pretrained(name, trust_remote_code=False), tokenizer
     except (OSError, ValueError) as error:
         fail(f"cannot load a model and its tokenizer from {name!r}: {str(error).splitlines()[0]}")
 
@@ -576,24 +562,21 @@ def load(model_class, name):
 def build(c, texts):
     """Actor and critic on the best device: by name where the settings name one, else tiny and new. ReLU and wide initial
     weights let networks of this size learn from few examples."""
-    from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
-
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     tokenizer = critic_tokenizer = tiny_tokenizer(texts)
     if c.actor:
-        model, tokenizer = load(AutoModelForCausalLM, c.actor)
+        model, tokenizer = load(transformers.AutoModelForCausalLM, c.actor)
         if len(tokenizer.encode("\n", add_special_tokens=False)) != 1:
             fail(f"the tokenizer of {c.actor!r} has no token for a newline, which ends an utterance here")
     else:
-        model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=len(tokenizer), n_positions=256, n_embd=64, n_layer=2, n_head=4, activation_function="relu",
-            initializer_range=0.2, bos_token_id=0, eos_token_id=0))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64,
+            n_layer=2, n_head=4, activation_function="relu", initializer_range=0.2, bos_token_id=0, eos_token_id=0))
     if c.critic:
-        encoder, critic_tokenizer = load(AutoModel, c.critic)
+        encoder, critic_tokenizer = load(transformers.AutoModel, c.critic)
     else:
-        encoder = RobertaModel(RobertaConfig(
-            vocab_size=len(critic_tokenizer), max_position_embeddings=258, hidden_size=64, num_hidden_layers=1,
-            num_attention_heads=4, intermediate_size=256, hidden_act="relu", initializer_range=0.2, pad_token_id=0))
+        encoder = transformers.RobertaModel(transformers.RobertaConfig(vocab_size=len(critic_tokenizer), max_position_embeddings=258,
+            num_hidden_layers=1, hidden_size=64, num_attention_heads=4, intermediate_size=256, hidden_act="relu", initializer_range=0.2,
+            pad_token_id=0))
     return Actor(model, tokenizer, c.utterance_tokens).to(device), DoubleCritic(encoder, critic_tokenizer, c.head_gain).to(device)
 
 
@@ -611,17 +594,15 @@ def metrics_of(iteration, episodes, losses, advantages, critic, gamma):
     with torch.no_grad():
         value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
     discounted = sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
-    turns = sum(map(len, episodes)) / len(episodes)
-    return numbers | {"return": mean_return(episodes), "turns": turns, "discounted_return": discounted, "value": value}
+    return numbers | {"return": mean_return(episodes), "turns": sum(map(len, episodes)) / len(episodes),
+                      "discounted_return": discounted, "value": value}
 
 
 def dialogue(title, episode, actor, critic):
     """One episode as text: what was said and answered, with reward, Q, V, advantage and log-probability a turn."""
     s, a, token_ids, *_ = zip(*episode)
     with torch.no_grad():
-        e_s = critic.embed(s)
-        q, v = critic.q(e_s, critic.embed(a)), critic.v(e_s)
-        log_p, spoken = actor.log_probs(s, token_ids)
+        (q, v), (log_p, spoken) = critic(s, a), actor.log_probs(s, token_ids)
     numbers = torch.stack([q.min(0).values, v.min(0).values, advantage(q, v), (log_p * spoken).sum(1)], 1).tolist()
     lines = [f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n")]
     for t, (q, v, A, log_p) in zip(episode, numbers):
@@ -667,7 +648,7 @@ def prepare(c):
         c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, played))))
     elif c.demonstrations and hasattr(game, "demonstrations"):
         played = game.demonstrations(c.demonstrations, c.seed)
-    if not c.episodes and not (any(played) and c.demonstrations_in_buffer):
+    if not c.episodes and not any(played):
         fail("there is nothing to learn from: no play (--episodes, --offline) and no demonstrations")
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
     turns = [Transition(s, a, [*actor.tokens_of(a), actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
@@ -679,8 +660,7 @@ def run(c):
     began, metrics, (c, actor, critic, played, demonstrations) = time.time(), [], prepare(c)
     game, folder = GAMES[c.env], make_folder(c)
     optimum, chance = (getattr(game, name)() if hasattr(game, name) else None for name in ("optimal_return", "random_return"))
-    if demonstrations:
-        warm_start(actor, demonstrations, c)
+    warm_start(actor, demonstrations, c)
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
     before, utterances = test(1), -actor.utterances
 
@@ -697,16 +677,14 @@ def run(c):
         write_episodes(c.save_data, played)
     utterances, after = utterances + actor.utterances, test(2)
     start, end, greedy = mean_return(before), mean_return(after), mean_return(test(3, greedy=True))
-    summary = {
-        "game": c.env, "seed": c.seed, "random": chance, "start": start, "end": end, "greedy": greedy,
-        "optimum": optimum, "gap_closed": None if optimum in (None, start) else (end - start) / (optimum - start),
-        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device)}
+    summary = {"game": c.env, "seed": c.seed, "random": chance, "start": start, "end": end, "greedy": greedy, "optimum": optimum,
+        "gap_closed": None if optimum in (None, start) else (end - start) / (optimum - start),
+        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device), "seconds": time.time() - began}
     titles = ("Before training, judged by the trained models", before), ("After training", after)
     text = "\n".join(dialogue(title, e[0], actor, critic) for title, e in titles)
     (folder / "dialogues.txt").write_text(text)
     if c.episodes and metrics:
         plot_curve(metrics, summary, c, folder / "curve.png")
-    summary["seconds"] = time.time() - began
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(f"\n{text}\n{table(summary)}\nfigure, model and the rest: {folder}/")
     return summary
@@ -714,13 +692,11 @@ def run(c):
 
 def main(arguments=None):
     """The command line: one option a setting, its help the setting's comment."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", pathlib.Path(__file__).read_text(), re.M))
     parser = argparse.ArgumentParser("archer.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=comments[field.name], **kind)
-    game = GAMES.get(parser.parse_known_args(arguments)[0].env)
-    parser.set_defaults(**getattr(game, "settings", {}))
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=comments[field.name])
+    parser.set_defaults(**getattr(GAMES.get(parser.parse_known_args(arguments)[0].env), "settings", {}))
     run(Config(**vars(parser.parse_args(arguments))))
 
 

@@ -132,8 +132,7 @@ def test_act_many_answers_every_state_in_its_place(models):
     actor, _ = models
     states = [random.Random(i).choice(STATES) for i in range(50)]
     actor.act = lambda chunk, greedy=False: ([f"<{s}>" for s in chunk], [[len(s)] for s in chunk])
-    texts, ids = actor.act_many(states, size=7)
-    assert texts == [f"<{s}>" for s in states] and ids == [[len(s)] for s in states]
+    assert actor.act_many(states, size=7) == [f"<{s}>" for s in states]
 
 
 def test_a_state_longer_than_the_context_loses_its_beginning(models):
@@ -176,7 +175,7 @@ def some_batch(n=12):
 
 def loss_at(actor, critic, states, step="reinforce"):
     """The first loss of an actor step at these states."""
-    buffer = types.SimpleNamespace(sample=lambda n: [types.SimpleNamespace(s=s) for s in states])
+    buffer = types.SimpleNamespace(sample=lambda n: [(s, "", [], 0.0, s, False) for s in states])
     return next(getattr(archer, step)(actor, critic, buffer, archer.Config()))[0]
 
 
@@ -257,7 +256,7 @@ def test_q_learns_through_state_and_utterance(models):
 
 def test_heads_start_as_wide_as_they_are_told():
     """Orthogonal weights: all singular values are the gain."""
-    for layer in archer.DoubleCritic.head(6, 4, 1.7)[::2]:
+    for layer in archer.value_head(6, 4, 1.7)[::2]:
         assert torch.allclose(torch.linalg.svdvals(layer.weight), torch.tensor(1.7))
 
 
@@ -357,7 +356,7 @@ def test_dropout_is_off(models):
 def filled(n):
     buffer = ReplayBuffer(10, seed=0)
     for k in range(n):
-        buffer.add(k)
+        buffer.add([k])
     return buffer
 
 
@@ -712,7 +711,7 @@ def test_a_game_written_for_gymnasium_works_unchanged(small_run, tmp_path, monke
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------------
 
-SMALL = ("--iterations 3 --warmup-iterations 1 --episodes 4 --critic-steps 3 --critic-batch 16 --actor-steps 1 --actor-batch 8 "
+SMALL = ("--iterations 3 --warmup-iterations 1 --episodes 4 --critic-steps 3 --batch 16 --actor-steps 1 "
          "--warm-start-steps 5 --demonstrations 20 --evaluation-episodes 4").split()
 
 
@@ -858,11 +857,11 @@ def test_a_game_with_nothing_but_reset_and_step_can_be_trained_on(small_run, tmp
 
 @pytest.mark.parametrize("arguments", [
     ["--env", "chess"], ["--actor", "no/such/folder"], ["--critic", "no/such/folder"], ["--gamma", "1.5"], ["--tau", "-1"],
-    ["--episodes", "-1"], ["--critic-batch", "-3"], ["--actor-batch", "0"], ["--clip", "0"], ["--demonstrations", "0"],
+    ["--episodes", "-1"], ["--batch", "-3"], ["--batch", "0"], ["--clip", "0"], ["--demonstrations", "0"],
     ["--out", "{run}"], ["--actor-lr", "nan"], ["--seed", "x"], ["--out", "{run}/summary.json"],
     ["--actor-loss", "sft"], ["--critic-loss", "mc"], ["--expectile", "2"], ["--ppo-epochs", "0"],
     ["--offline", "no/such/file"], ["--offline", "{run}/config.json"], ["--save-data", "no/such/folder/file"],
-    ["--offline", "/dev/null"], ["--episodes", "0", "--no-demonstrations-in-buffer"], ["--save-data", "{run}"],
+    ["--offline", "/dev/null"], ["--episodes", "0", "--demonstrations", "0"], ["--save-data", "{run}"],
 ])  # fmt: skip
 def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, small_run, capsys):
     arguments = [a.format(run=small_run) for a in arguments]
@@ -1127,6 +1126,8 @@ class TableCritic(torch.nn.Module):
             q[:, self.place[s], self.place[a]], v[:, self.place[s]] = value, V[s]
         self.q_table, self.v_table = torch.nn.Parameter(q), torch.nn.Parameter(v)
 
+    forward = archer.DoubleCritic.forward
+
     def embed(self, texts):
         return torch.tensor([self.place[text] for text in texts])
 
@@ -1233,8 +1234,8 @@ def test_exact_eq3_ascent_reaches_the_optimal_policy():
 
 def parrot_config(**settings):
     return archer.Config(**dict(
-        iterations=20, warmup_iterations=20, episodes=1, capacity=10**4, critic_steps=20, critic_batch=256, critic_lr=0.03,
-        gamma=GAMMA, tau=0.2, actor_steps=8, actor_batch=128, actor_lr=0.05, clip=100.0) | settings)
+        iterations=20, warmup_iterations=20, episodes=1, capacity=10**4, critic_steps=20, batch=256, critic_lr=0.03,
+        gamma=GAMMA, tau=0.2, actor_steps=8, actor_lr=0.05, clip=100.0) | settings)
 
 
 def parrot_demonstrations():
@@ -1285,9 +1286,9 @@ def test_exact_alg1_line_by_line():
     actor, critic = table_actor(some_logits()), TableCritic()
     c = parrot_config(iterations=1, warmup_iterations=0, episodes=64, actor_steps=2, clip=0.5)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        calls = spied(monkeypatch, "rollout", "critic_loss", "descend", "soft_update", "fresh_batch")
+        calls = spied(monkeypatch, "rollout", "critic_loss", "descend", "soft_update", "judged_batch")
         archer.train(Parrot, actor, critic, [], c)
-    steps = ["critic_loss", "descend", "soft_update"] * 20 + ["fresh_batch", "descend"] * 2
+    steps = ["critic_loss", "descend", "soft_update"] * 20 + ["judged_batch", "descend"] * 2
     assert [name for name, *_ in calls] == ["rollout", *steps]
     of = lambda wanted: [(arguments, result) for name, arguments, result in calls if name == wanted]
     played = {t[:2] + t[3:] for episode in of("rollout")[0][1] for t in episode}
@@ -1300,7 +1301,7 @@ def test_exact_alg1_line_by_line():
 def test_exact_eq3_takes_its_states_from_the_whole_buffer():
     """Off-policy in the states: one episode cannot visit them all, the buffer holds them all."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        calls = spied(monkeypatch, "fresh_batch")
+        calls = spied(monkeypatch, "judged_batch")
         c = parrot_config(iterations=1, warmup_iterations=0, actor_steps=1)
         archer.train(Parrot, table_actor(some_logits()), TableCritic(), parrot_demonstrations(), c)
     assert {s for _, _, (states, *_) in calls for s in states} == set(POSITIONS)
@@ -1403,7 +1404,7 @@ def test_exact_ppo_begins_as_eq3_and_stops_where_the_ratio_is_clipped():
         """The first gradient of an actor step and the probabilities that it ends with."""
         actor, slopes = table_actor(some_logits()), []
         s, a, ids = every_utterance(actor, pi)
-        actor.act, buffer = lambda states: (a, ids), types.SimpleNamespace(sample=lambda n: [types.SimpleNamespace(s=x) for x in s])
+        actor.act, buffer = lambda states: (a, ids), types.SimpleNamespace(sample=lambda n: [(x, "", [], 0.0, x, False) for x in s])
         optimizer = torch.optim.SGD(actor.parameters(), 2.0)
         for loss, _ in step(actor, critic, buffer, Config(**settings)):
             archer.descend(loss, actor, optimizer, math.inf)
@@ -1433,7 +1434,7 @@ def test_exact_warm_start_copies_its_teacher():
     torch.manual_seed(0)
     pi, actor = policy(some_logits()), table_actor({context: dict.fromkeys("ab\n", 0.0) for context in CONTEXTS})
     said = [(s, a, actor.tokenizer.encode(tokens(a))) for s, a in LAW for _ in range(round(64 * pi[s, a]))]
-    c = parrot_config(warm_start_steps=200, warm_start_lr=0.1, warm_start_batch=512)
+    c = parrot_config(warm_start_steps=200, warm_start_lr=0.1, batch=512)
     rates, descend = [], archer.descend
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(archer, "descend", lambda *x: (rates.append(x[2].param_groups[0]["lr"]), descend(*x)))
@@ -1594,7 +1595,7 @@ def test_fuzz_actor_scores_what_it_says(models, seed):
     torch.manual_seed(seed)
     actor, rng = models[0], random.Random(seed)
     states = [any_text(rng) for _ in range(rng.randrange(1, 24))]
-    texts, said = actor.act_many(states, size=rng.randrange(1, 9))
+    texts, said = actor.act(states)
     log_p, spoken = actor.log_probs(states, said, size=rng.randrange(1, 9))
     assert all(isinstance(text, str) for text in texts) and max(map(len, actor.encode(states))) <= actor.room
     assert spoken.sum(1).tolist() == [len(a) for a in said] and log_p.isfinite().all() and (log_p <= 0).all()
@@ -1651,8 +1652,8 @@ def test_fuzz_buffer_holds_the_last_transitions():
     for _ in range(200):
         capacity, n = rng.randrange(1, 20), rng.randrange(1, 60)
         buffer = archer.ReplayBuffer(capacity)
-        for k in range(n):
-            buffer.add(k)
+        for k in range(0, n, 7):
+            buffer.add(range(k, min(k + 7, n)))
         assert sorted(buffer.ring) == list(range(max(0, n - capacity), n)) and set(buffer.sample(30)) <= set(buffer.ring)
 
 
@@ -1872,13 +1873,13 @@ ZOO = [
         "`q_loss` is restless; `value` overshoots `discounted_return`, the more so the larger the learning rate",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V's target from the online network",
-        "fresh_q = target.q(target.embed(s), target.embed(utterances))",
-        "fresh_q = critic.q(critic.embed(s), critic.embed(utterances))",
+        "fresh_q, _ = target(s, utterances)",
+        "fresh_q, _ = critic(s, utterances)",
         "as above, through `v_loss`",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V learns from the logged utterances",
-        "target.embed(utterances))",
-        "target.embed(a))",
+        "target(s, utterances)",
+        "target(s, a)",
         "`value` follows old play, not the actor's; advantages stay positive for whatever is better than the buffer, "
         "progress stalls late",
         "test_exact_eq1_and_eq2_find_the_values_of_a_policy_that_did_not_fill_the_buffer"),
@@ -1943,8 +1944,8 @@ ZOO = [
         "utterances drift in length: when to stop is never trained",
         "test_exact_eq3_sampled_lies_in_its_confidence_interval"),
     Bug("the decoded text is tokenised again",
-        "return s, token_ids, judge(critic, s, a)",
-        "return s, [actor.tokenizer.encode(x) for x in a], judge(critic, s, a)",
+        "return s, token_ids, advantage(*critic(s, a))",
+        "return s, [actor.tokenizer.encode(x) for x in a], advantage(*critic(s, a))",
         "as above, and what was sampled is not what is trained",
         "test_exact_eq3_sampled_lies_in_its_confidence_interval"),
     Bug("right padding when speaking",
@@ -2023,13 +2024,13 @@ ZOO = [
         "none in the losses; the minimum guards against nothing: as with mean in place of min",
         "test_each_head_has_its_own_row"),
     Bug("states of the last play only",
-        "[t.s for t in buffer.sample(c.actor_batch)]",
-        "[t.s for t in buffer.ring[-c.actor_batch :]]",
+        "s, a, token_ids, *_ = zip(*buffer.sample(c.batch))",
+        "s, a, token_ids, *_ = zip(*buffer.ring[-c.batch :])",
         "a state that is no longer visited is forgotten: good play is lost and found again",
         "test_exact_eq3_takes_its_states_from_the_whole_buffer"),
     Bug("the warm start learns the states by heart",
-        "loss = -(log_p * spoken).sum() / spoken.sum()",
-        "loss = -log_p.mean()",
+        "descend(-(log_p * spoken).sum() / spoken.sum()",
+        "descend(-log_p.mean()",
         "the first point is lower: a part of the warm start went into reciting states",
         "test_exact_warm_start_copies_its_teacher"),
     Bug("the same fresh utterances in every critic step",
@@ -2038,8 +2039,8 @@ ZOO = [
         "V is the value of what would be said elsewhere: wrong `value`, advantages mostly positive or mostly negative",
         "test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone"),
     Bug("the ring forgets to wrap",
-        "self.ring[self.next] = transition",
-        "self.ring[-1] = transition",
+        "(self.next + 1) % self.capacity",
+        "min(self.next + 1, self.capacity - 1)",
         "once the buffer is full the critic sees the oldest play for ever: progress stops there",
         "test_the_ring_holds_the_last_transitions_and_samples_them_evenly"),
     Bug("the ring wraps one early",
