@@ -458,9 +458,9 @@ def rollout(game, actor, episodes, rng, greedy=False):
     return played
 
 
-def warm_start(actor, transitions, c):
-    """Supervised fine-tuning on demonstrations, where the paper's actors come from too."""
-    rng, optimizer = random.Random(c.seed), torch.optim.Adam(actor.parameters())
+def warm_start(actor, demonstrations, c):
+    """Supervised fine-tuning on demonstrations, a list of episodes, where the paper's actors come from too."""
+    rng, optimizer, transitions = random.Random(c.seed), torch.optim.Adam(actor.parameters()), [t for e in demonstrations for t in e]
     for step in tqdm(range(c.warm_start_steps if transitions else 0), "warm start"):
         optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
         batch = rng.choices(transitions, k=c.batch)
@@ -471,18 +471,18 @@ def warm_start(actor, transitions, c):
 def train(game, actor, critic, demonstrations, c, report=lambda metrics, episodes: None):
     """Algorithm 1; changes actor and critic in place. With no episodes an iteration it is offline.
 
-    game: class with `reset` and `step`. demonstrations: transitions. report: called once an iteration with a dict of numbers
-    and the episodes that were played.
+    game: class with `reset` and `step`. demonstrations: episodes, as `rollout` returns them. report: called once an iteration
+    with a dict of numbers and the episodes that were played.
     """
     target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
     actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr)
     critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr)
     actor_losses, (utterances_for_v, loss_of_v) = ACTOR_LOSSES[c.actor_loss](actor, c), CRITIC_LOSSES[c.critic_loss](c)
     buffer, rng = ReplayBuffer(c.capacity, c.seed), random.Random(c.seed)
-    buffer.add(demonstrations)  # (Alg. 1, line 2)
+    buffer.add(t for episode in demonstrations for t in episode)  # (Alg. 1, line 2)
     for iteration in tqdm(range(c.iterations), "ArCHer"):  # (Alg. 1, line 3)
         episodes = rollout(game, actor, c.episodes, rng)  # (Alg. 1, lines 4-7)
-        buffer.add(sum(episodes, []))
+        buffer.add(t for episode in episodes for t in episode)
         batches = [buffer.sample(c.batch) for _ in range(c.critic_steps)]
         losses, advantages = [], []
         for batch, utterances in zip(batches, utterances_for_v(actor, batches)):  # (Alg. 1, line 8)
@@ -639,7 +639,7 @@ def table(summary):
 
 def prepare(c):
     """Checks the settings and loads or makes all that they name. Returns the settings as they will be used, actor and critic
-    before any training, the episodes to begin with, and these as transitions."""
+    before any training, and the episodes to begin with."""
     check(c)
     torch.manual_seed(c.seed)
     game, played = GAMES[c.env], []
@@ -651,14 +651,14 @@ def prepare(c):
     if not c.episodes and not any(played):
         fail("there is nothing to learn from: no play (--episodes, --offline) and no demonstrations")
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
-    turns = [Transition(s, a, [*actor.tokens_of(a), actor.end], r, s2, done) for e in played for s, a, r, s2, done in e]
-    return c, actor, critic, played, turns
+    ids = lambda a: [*actor.tokens_of(a), actor.end]
+    return c, actor, critic, [[Transition(s, a, ids(a), r, s2, done) for s, a, r, s2, done in episode] for episode in played]
 
 
 def run(c):
     """Warm start, train, evaluate, write everything into a folder. Returns the summary."""
-    began, metrics, (c, actor, critic, played, demonstrations) = time.time(), [], prepare(c)
-    game, folder = GAMES[c.env], make_folder(c)
+    began, metrics, (c, actor, critic, demonstrations) = time.time(), [], prepare(c)
+    game, folder, played = GAMES[c.env], make_folder(c), [*demonstrations]
     optimum, chance = (getattr(game, name)() if hasattr(game, name) else None for name in ("optimal_return", "random_return"))
     warm_start(actor, demonstrations, c)
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
@@ -666,7 +666,7 @@ def run(c):
 
     def report(line, episodes):
         metrics.append(line)
-        played.extend([[t.s, t.a, t.r, t.s2, t.done] for t in e] for e in episodes)
+        played.extend(episodes)
         (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
 
     train(game, actor, critic, demonstrations, c, report)
@@ -674,7 +674,7 @@ def run(c):
     actor.tokenizer.save_pretrained(folder / "actor")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
     if c.save_data:
-        write_episodes(c.save_data, played)
+        write_episodes(c.save_data, [[(t.s, t.a, t.r, t.s2, t.done) for t in episode] for episode in played])
     utterances, after = utterances + actor.utterances, test(2)
     start, end, greedy = mean_return(before), mean_return(after), mean_return(test(3, greedy=True))
     summary = {"game": c.env, "seed": c.seed, "random": chance, "start": start, "end": end, "greedy": greedy, "optimum": optimum,

@@ -816,7 +816,7 @@ def test_what_was_saved_is_learned_from_offline_without_playing(tmp_path, monkey
     assert all(s2 == after[0] for e in episodes for (*_, s2, _), after in zip(e, e[1:]))
     asked, learned, rollout, train = [], [], archer.rollout, archer.train
     monkeypatch.setattr(archer, "rollout", lambda game, actor, n, *rest: (asked.append(n), rollout(game, actor, n, *rest))[1])
-    monkeypatch.setattr(archer, "train", lambda *x: (learned.extend(x[3]), train(*x), asked.append("trained")))
+    monkeypatch.setattr(archer, "train", lambda *x: (learned.extend(sum(x[3], [])), train(*x), asked.append("trained")))
     archer.main([*SMALL, "--offline", str(file), "--critic-loss", "iql", "--actor-loss", "awr", "--out", str(tmp_path / "offline")])
     assert set(asked[1 : asked.index("trained")]) == {0} and asked[0] == int(evaluated)
     assert [t[:2] + t[3:] for t in learned] == sum(episodes, [])  # all of them
@@ -954,20 +954,15 @@ def exact_values(actor, gamma):
 
 def test_exact_advantage_is_what_the_critic_learns():
     """On the actor's own fresh utterances, not the buffer's, which it has seen; after the warm-up, when the actor begins to move."""
-    torch.manual_seed(0)
-    c = Config(warm_start_steps=150)
-    played = Detective.demonstrations(c.demonstrations, seed=5)
-    actor, critic = archer.build(c, [s + a + "\n" + s2 for e in played for s, a, _, s2, _ in e])
-    transitions = [Transition(s, a, [*actor.encode([a])[0], actor.end], r, s2, d) for e in played for s, a, r, s2, d in e]
-    archer.warm_start(actor, transitions, c)
+    c, actor, critic, demonstrations = archer.prepare(Config(warm_start_steps=150))
+    archer.warm_start(actor, demonstrations, c)
     frozen = dataclasses.replace(c, iterations=c.warmup_iterations, episodes=8)
-    archer.train(Detective, actor, critic, transitions, frozen)
+    archer.train(Detective, actor, critic, demonstrations, frozen)
     exact = exact_values(actor, c.gamma)
-    states = [t.s for t in random.Random(0).sample(transitions, 600)]
+    states = [t.s for t in random.Random(0).sample([t for e in demonstrations for t in e], 600)]
     said, _ = actor.act(states)
     with torch.no_grad():
-        e_s = critic.embed(states)
-        q, v = critic.q(e_s, critic.embed(said)), critic.v(e_s)
+        q, v = critic(states, said)
     correlation = lambda x, y: np.corrcoef(x.numpy(), np.array(y))[0, 1]
     values, advantages = [exact[s][0] for s in states], [exact[s][1][a] - exact[s][0] for s, a in zip(states, said)]
     assert correlation(v.mean(0), values) > 0.9
@@ -1240,7 +1235,7 @@ def parrot_config(**settings):
 
 def parrot_demonstrations():
     """Every utterance at every state equally often: not what the actor says."""
-    return [archer.Transition(s, a, [], r, s2, done) for s, a in LAW for r, s2, done in LAW[s, a]]
+    return [[archer.Transition(s, a, [], r, s2, done) for s, a in LAW for r, s2, done in LAW[s, a]]]
 
 
 def test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone():
@@ -1368,7 +1363,7 @@ def test_exact_eq6_finds_the_expectiles_of_what_was_logged(tau):
     c = Config(critic_loss="iql", expectile=tau)
     utterances_for_v, loss_of_v = archer.CRITIC_LOSSES["iql"](c)
     torch.manual_seed(0)
-    batch, critic = parrot_demonstrations(), TableCritic()
+    (batch,), critic = parrot_demonstrations(), TableCritic()
     target = copy.deepcopy(critic).requires_grad_(False)
     optimizer = torch.optim.SGD([{"params": [critic.q_table], "lr": 25}, {"params": [critic.v_table], "lr": 4}])
     for _ in range(200):
@@ -1438,7 +1433,7 @@ def test_exact_warm_start_copies_its_teacher():
     rates, descend = [], archer.descend
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(archer, "descend", lambda *x: (rates.append(x[2].param_groups[0]["lr"]), descend(*x)))
-        archer.warm_start(actor, [archer.Transition(s, a, ids, 0.0, s, False) for s, a, ids in said], c)
+        archer.warm_start(actor, [[archer.Transition(s, a, ids, 0.0, s, False) for s, a, ids in said]], c)
     assert rates == pytest.approx([0.1 * (1 - k / 200) for k in range(200)])
     assert statistics.mean(abs(p - pi[k]) for k, p in policy(logits_of(actor)).items()) < 0.006
 
