@@ -87,7 +87,7 @@ class Config:
 
 
 class Transition(NamedTuple):
-    """One turn. `ids` are the tokens of the utterance as they were sampled, the end token included."""
+    """One turn. `ids` are the tokens of the utterance as they were sampled, with the end token unless it was cut before."""
 
     s: str  # all that the agent may know, as text
     a: str  # what it said
@@ -329,7 +329,7 @@ def ppo_loss(log_p, old_log_p, spoken, A, clip):
 
     log_p, old_log_p, spoken: [B, L]; A: [B, 1], of utterances, or [B, L], of tokens.
     """
-    ratio = (log_p - old_log_p.detach()).exp()
+    ratio = ((log_p - old_log_p.detach()) * spoken).exp()
     kept = torch.minimum(ratio * A.detach(), ratio.clamp(1 - clip, 1 + clip) * A.detach())
     return -(kept * spoken).sum(1).mean()
 
@@ -368,8 +368,8 @@ def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
     r, done = torch.tensor([r, done], dtype=torch.float32, device=v.device)
     with torch.no_grad():
         next_v = target.v(target.embed(s2))
-        fresh_q, _ = target(s, utterances)
-    return q_loss(q, r, done, next_v, gamma), loss_of_v(v, fresh_q)
+        said_q, _ = target(s, utterances)
+    return q_loss(q, r, done, next_v, gamma), loss_of_v(v, said_q)
 
 
 @torch.no_grad()
@@ -385,7 +385,8 @@ def judged_batch(actor, critic, buffer, c, fresh=True):
 
 
 def reinforce(actor, critic, buffer, c):
-    """An actor step with Eq. 3. Like its siblings below it yields a loss, and its advantages, for every descent to make."""
+    """An actor step with Eq. 3. Like its siblings below it yields a loss, and its advantages, for every descent to make: PPO's second
+    loss can only be computed when the first descent is done."""
     s, token_ids, A = judged_batch(actor, critic, buffer, c)
     log_p, spoken = actor.log_probs(s, token_ids)
     yield actor_loss(log_p, spoken, A), A

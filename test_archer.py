@@ -3,12 +3,14 @@
 import ast
 import collections
 import copy
+import csv
 import dataclasses
 import functools
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -16,6 +18,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -540,7 +543,7 @@ def test_the_text_tells_no_more_than_the_rules(name):
 @pytest.mark.parametrize("name", GAMES)
 def test_readme_and_docstrings_tell_the_levels(name):
     game = GAMES[name]
-    (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
     turns, random_level, demonstrated, optimum = row.strip("| ").split(" | ")[-4:]
     returns = [sum(r for _, _, r, _, _ in e) for e in game.demonstrations(4000, seed=3)]
     assert turns == str(game.limit) and random_level == f"{game.random_return():.2f}"
@@ -1832,6 +1835,138 @@ def collect(folders):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The notebook: rivals and the study
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def notebook():
+    """A module of the cells of tutorial.ipynb that are tagged `definitions`."""
+    module = types.ModuleType("tutorial")
+    for cell in json.loads((HERE / "tutorial.ipynb").read_text())["cells"]:
+        if "definitions" in cell["metadata"].get("tags", []):
+            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), vars(module))
+    return module
+
+
+@pytest.fixture
+def tutorial(monkeypatch):
+    monkeypatch.setattr(archer, "GAMES", dict(GAMES))  # the notebook adds a game
+    return notebook()
+
+
+def test_rivals_have_at_most_15_lines():
+    source = "\n".join("".join(c["source"]) for c in json.loads((HERE / "tutorial.ipynb").read_text())["cells"] if c["cell_type"] == "code")
+    length = {node.name: node.end_lineno - node.lineno + 1 for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    names = ["best_tenth", "filtered_bc", "Reranker", "chai", "reinforce_on_returns", "generalised_advantages", "token_ppo",
+             "train_with_one_critic", "with_returns", "train_with_monte_carlo_critic"]
+    assert max(length[name] for name in names) <= 15
+
+
+def test_generalised_advantages_by_loops(tutorial):
+    """Token after token, from an episode's last to its first."""
+    rng, lam = random.Random(0), 0.9
+    episodes = [[Transition("s", "a", [5] * rng.randrange(1, 5), rng.gauss(0, 1), "s", False) for _ in range(n)] for n in (3, 1, 4)]
+    turns = [t for episode in episodes for t in episode]
+    v, spoken = numbers(8, 4), torch.tensor([[0.0] * (4 - len(t.ids)) + [1.0] * len(t.ids) for t in turns])
+    found, k = tutorial.generalised_advantages(episodes, v, spoken, lam), len(turns)
+    for episode in reversed(episodes):
+        A = later = 0.0
+        for t in reversed(episode):
+            k -= 1
+            for i in range(3, 3 - len(t.ids), -1):
+                A = t.r * (i == 3) + later - v[k, i].item() + lam * A
+                later = v[k, i].item()
+                assert found[k, i].item() == pytest.approx(A, abs=1e-5)
+    assert (found[spoken == 0] == 0).all()
+
+
+def test_with_returns_by_hand(tutorial):
+    episode = [Transition("s", "a", [1], r, "t", False) for r in (1.0, 0.0, 4.0)]
+    assert [(t.r, t.done) for t in tutorial.with_returns([episode], 0.5)[0]] == [(2.0, True), (2.0, True), (4.0, True)]
+
+
+def test_best_tenth_is_the_best(tutorial):
+    episodes = [[Transition("s", "a", [1], float(r), "s", True)] * 2 for r in random.Random(0).sample(range(50), 50)]
+    assert [e[0].r for e in tutorial.best_tenth(episodes)] == [45, 46, 47, 48, 49] and len(tutorial.best_tenth(episodes[:3])) == 1
+
+
+def test_chai_says_the_best_of_five_and_leaves_the_actor_alone(tutorial, models):
+    actor, critic = models
+    said = iter([f"go {d}" for d in ("north", "south", "east", "west", "up")] * 2)
+    speaker = types.SimpleNamespace(act=lambda s, greedy: ([next(said) for _ in s], [[k] for k in range(len(s))]), parameters=None, act_many=None)
+    (first, second), ids = tutorial.Reranker(speaker, critic).act(STATES[:2])
+    for k, (state, text) in enumerate(zip(STATES[:2], (first, second))):
+        with torch.no_grad():
+            q = {d: critic([state], [f"go {d}"])[0].min().item() for d in ("north", "south", "east", "west", "up")}
+        assert text == f"go {max(q, key=q.get)}" and ids[k] == [5 * k + list(q).index(text[3:])]
+    before = copy.deepcopy(actor.state_dict())
+    c = Config(iterations=1, warmup_iterations=0, episodes=2, critic_steps=1, batch=4)
+    tutorial.chai(Detective, actor, critic, [], c, lambda *_: None)
+    assert all(torch.equal(x, before[name]) for name, x in actor.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["filtered_bc", "reinforce_on_returns", "train_with_one_critic", "train_with_monte_carlo_critic"])
+def test_rivals_improve_the_policy(tutorial, method):
+    """Of the task that is small enough to enumerate."""
+    torch.manual_seed(0)
+    logits, reported = some_logits(), []
+    actor, critic = table_actor(logits), TableCritic()
+    critic.q_heads = critic.v_heads = [None, None]
+    c = parrot_config(iterations=30, warmup_iterations=5, episodes=64, actor_lr=0.03, batch=128)
+    getattr(tutorial, method)(Parrot, actor, critic, [], c, lambda metrics, episodes: reported.append(len(episodes)))
+    assert exact_return(logits_of(actor)) > exact_return(logits) + 0.1 and reported == [64] * 30
+
+
+@pytest.mark.parametrize("method", ["ArCHer", "CHAI", "filtered BC", "REINFORCE", "PPO", "BC", "own play only", "one critic", "Monte-Carlo critic"])
+def test_every_method_is_measured_beside_its_training(tutorial, method, monkeypatch):
+    """At the start and on the way, and what the measuring says and plays is not counted."""
+    monkeypatch.setattr(archer, "Config", functools.partial(Config, demonstrations=20, warm_start_steps=2))
+    monkeypatch.setattr(tutorial, "Config", archer.Config)
+    asked, play = [], tutorial.rollout
+    monkeypatch.setattr(tutorial, "rollout", lambda game, player, n, rng: (asked.append(n), play(game, player, min(n, 3), rng))[1])
+    monkeypatch.setattr(tutorial, "mean_return", lambda episodes: asked[-1])
+    settings = dict(episodes=3, iterations=4, warmup_iterations=1, critic_steps=1, batch=8)
+    rows = tutorial.compare("detective_late", 0, method, points=2, **settings)
+    assert [(played, measured) for played, *_, measured in rows] == [(0, 500), (6, 100), (12, 100)][: 1 if method == "BC" else 3]
+    assert rows[0][1] == 0 and all(before[2] <= after[2] for before, after in zip(rows, rows[1:]))
+    if method in ("filtered BC", "REINFORCE", "PPO"):  # nothing is said but in the episodes
+        assert 12 <= rows[-1][1] <= 12 * 30
+
+
+def study_run(run):
+    """A run of the study, with one thread: lines for assets/study.csv."""
+    torch.set_num_threads(1)
+    part, game, name, seed, settings = run
+    archer.tqdm = lambda steps, *_: steps
+    return [(part, game, name, seed, *row) for row in notebook().compare(game, seed, **settings)]
+
+
+def study(file=HERE / "assets" / "study.csv"):
+    """Runs what assets/study.csv does not hold yet, a process a core, then draws all and prints README's tables:
+    python test_archer.py study"""
+    tutorial, demonstrations = notebook(), pathlib.Path(tempfile.mkdtemp(), "demonstrations.jsonl")
+    envs.write_episodes(demonstrations, TwentyQuestions.demonstrations(Config().demonstrations, 0))
+    if not file.exists():
+        file.write_text("part,game,name,seed,episodes,utterances,seconds,return\n")
+    done = {(row["part"], row["game"], row["name"], int(row["seed"])) for row in csv.DictReader(file.open())}
+    missing = [run for run in tutorial.plan(str(demonstrations)) if run[:4] not in done]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for rows in pool.imap(study_run, missing):
+            with file.open("a") as out:
+                csv.writer(out, lineterminator="\n").writerows((*row[:6], f"{row[6]:.1f}", f"{row[7]:.3f}") for row in rows)
+    groups = tutorial.read(file)
+    tutorial.draw(groups, HERE / "assets")
+    print("\n".join(tutorial.tables(groups)))
+
+
+def test_readme_quotes_the_study(tutorial):
+    """Made by: python test_archer.py study"""
+    file = HERE / "assets" / "study.csv"
+    assert "\n".join(tutorial.tables(tutorial.read(file))) in README
+    assert {(row["part"], row["game"], row["name"], int(row["seed"])) for row in csv.DictReader(file.open())} <= {run[:4] for run in tutorial.plan("")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The bug zoo
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1868,8 +2003,8 @@ ZOO = [
         "`q_loss` is restless; `value` overshoots `discounted_return`, the more so the larger the learning rate",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V's target from the online network",
-        "fresh_q, _ = target(s, utterances)",
-        "fresh_q, _ = critic(s, utterances)",
+        "said_q, _ = target(s, utterances)",
+        "said_q, _ = critic(s, utterances)",
         "as above, through `v_loss`",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V learns from the logged utterances",
@@ -2151,4 +2286,4 @@ def test_zoo_stands_in_readme():
 
 
 if __name__ == "__main__":
-    print("\n".join(zoo_table())) if sys.argv[1:] == ["zoo"] else collect(sys.argv[1:])
+    study() if sys.argv[1:] == ["study"] else print("\n".join(zoo_table())) if sys.argv[1:] == ["zoo"] else collect(sys.argv[1:])
