@@ -1880,6 +1880,28 @@ def test_generalised_advantages_by_loops(tutorial):
     assert (found[spoken == 0] == 0).all()
 
 
+def test_first_takes_two_measurements_in_a_row(tutorial):
+    rows = [[0, 0, 0, 0.0], [10, 1, 1, 0.9], [20, 2, 2, 0.3], [30, 3, 3, 0.85], [40, 4, 4, 0.8]]
+    assert tutorial.first(rows, 0.8) == 30 and tutorial.first(rows, 0.8, 2) == 3 and tutorial.first(rows, 0.9) == float("inf")
+    assert tutorial.spread([5.0, float("inf"), 1.0]) == "5 (1 to –)" and tutorial.spread([2.0]) == "2"
+
+
+def test_measuring_changes_nothing(tutorial, monkeypatch):
+    """However often a run is measured, it plays the same."""
+    monkeypatch.setattr(tutorial, "Config", functools.partial(Config, demonstrations=20, warm_start_steps=2))
+    ends, play = [], tutorial.rollout
+    monkeypatch.setattr(tutorial, "rollout", lambda game, player, n, rng: play(game, player, 2, rng))
+    for points in (1, 4):
+        tutorial.compare("detective_late", 0, "REINFORCE", points=points, episodes=2, iterations=4)
+        ends.append(torch.rand(1).item())
+    assert ends[0] == ends[1]
+
+
+def test_one_demonstration_in_twenty_of_detective_late_is_won(tutorial):
+    won = [episode[-1][2] > 5 for episode in archer.GAMES["detective_late"].demonstrations(2000)]
+    assert 0.03 < sum(won) / len(won) < 0.06
+
+
 def test_with_returns_by_hand(tutorial):
     episode = [Transition("s", "a", [1], r, "t", False) for r in (1.0, 0.0, 4.0)]
     assert [(t.r, t.done) for t in tutorial.with_returns([episode], 0.5)[0]] == [(2.0, True), (2.0, True), (4.0, True)]
@@ -1899,16 +1921,33 @@ def test_chai_says_the_best_of_five_and_leaves_the_actor_alone(tutorial, models)
         with torch.no_grad():
             q = {d: critic([state], [f"go {d}"])[0].min().item() for d in ("north", "south", "east", "west", "up")}
         assert text == f"go {max(q, key=q.get)}" and ids[k] == [5 * k + list(q).index(text[3:])]
+    said = iter([f"go {d}" for d in ("north", "south", "east", "west", "up")])
+    assert tutorial.Reranker(speaker, critic).act_many(STATES[:1]) == [first]  # V learns what is said, not what was drawn
     before = copy.deepcopy(actor.state_dict())
     c = Config(iterations=1, warmup_iterations=0, episodes=2, critic_steps=1, batch=4)
     tutorial.chai(Detective, actor, critic, [], c, lambda *_: None)
     assert all(torch.equal(x, before[name]) for name, x in actor.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["filtered_bc", "reinforce_on_returns", "train_with_one_critic", "train_with_monte_carlo_critic"])
-def test_rivals_improve_the_policy(tutorial, method):
+class OneValue(torch.nn.Module):
+    """One learned number, in TokenBaseline's place: the table actor has no hidden states."""
+
+    def __init__(self, actor, c):
+        super().__init__()
+        self.value, self.actor = torch.nn.Parameter(torch.zeros(())), [actor]
+        self.optimizer = torch.optim.Adam(self.parameters(), c.critic_lr)
+
+    def log_probs(self, s, token_ids):
+        spoken = self.actor[0].log_probs(s, token_ids)[1]
+        return self.value * torch.ones_like(spoken), spoken
+
+
+@pytest.mark.parametrize("method", ["filtered_bc", "reinforce_on_returns", "token_ppo", "train_with_one_critic",
+                                    "train_with_monte_carlo_critic"])  # fmt: skip
+def test_rivals_improve_the_policy(tutorial, method, monkeypatch):
     """Of the task that is small enough to enumerate."""
     torch.manual_seed(0)
+    monkeypatch.setattr(tutorial, "TokenBaseline", OneValue)
     logits, reported = some_logits(), []
     actor, critic = table_actor(logits), TableCritic()
     critic.q_heads = critic.v_heads = [None, None]
