@@ -1884,6 +1884,21 @@ def test_first_takes_two_measurements_in_a_row(tutorial):
     rows = [[0, 0, 0, 0.0], [10, 1, 1, 0.9], [20, 2, 2, 0.3], [30, 3, 3, 0.85], [40, 4, 4, 0.8]]
     assert tutorial.first(rows, 0.8) == 30 and tutorial.first(rows, 0.8, 2) == 3 and tutorial.first(rows, 0.9) == float("inf")
     assert tutorial.spread([5.0, float("inf"), 1.0]) == "5 (1 to –)" and tutorial.spread([2.0]) == "2"
+    assert tutorial.spread([float("inf")] * 3) == "–"
+
+
+def test_a_table_tells_the_end_and_the_second_half(tutorial):
+    runs = {seed: [[0, 0, 0, 9.0], [1, 1, 1, 9.0], [2, 2, 2, 0.8 + seed], [3, 3, 3, 0.2 + seed]] for seed in range(3)}
+    assert tutorial.end_table({("ablations", "g", "n"): runs}, "ablations")[-1] == "| `g` | n | 3 | 1.20 (0.20 to 2.20) | 1.50 (0.50 to 2.50) |"
+    slow = {seed: [[0, 0, 0, 0.0], [5 + seed, 6, 7, 0.85 - seed / 5], [9, 9, 9, 0.85 - seed / 5], [10, 10, 10, 1.0]] for seed in range(3)}
+    assert "| PPO | 3, 1 | 6 (5 to –) | – (5 to –) | – |" in tutorial.online_table({("online", "g", "PPO"): slow})[-1]
+
+
+def test_the_best_tenth_of_the_demonstrations_was_lucky(tutorial):
+    """Why filtered cloning fails on Twenty Questions: who wins in one or two turns has guessed, not asked. README has the number."""
+    best = tutorial.best_tenth([[Transition(s, a, [], r, s2, done) for s, a, r, s2, done in e] for e in TwentyQuestions.demonstrations(2000, 0)])
+    assert len(best) == 200 and max(map(len, best)) == 2
+    assert f"{sum(len(e) == 1 for e in best)} of the 200" in README
 
 
 def test_measuring_changes_nothing(tutorial, monkeypatch):
