@@ -2020,6 +2020,19 @@ def test_readme_quotes_the_study(tutorial):
     assert {(row["part"], row["game"], row["name"], int(row["seed"])) for row in csv.DictReader(file.open())} <= {run[:4] for run in tutorial.plan("")}
 
 
+def test_readme_tells_each_seed_of_detective_late_by_how_rarely_its_warm_start_wins(tutorial):
+    rows = list(csv.DictReader((HERE / "assets" / "study.csv").open()))
+    start = {int(r["seed"]): float(r["return"]) for r in rows if (r["part"], r["game"], r["name"], r["episodes"]) == ("online", "detective_late", "ArCHer", "0")}
+    seeds, groups = sorted(start, key=lambda seed: -start[seed]), tutorial.read(HERE / "assets" / "study.csv")
+    told = [", ".join(f"{500 * start[seed] / 10:.0f}" for seed in seeds)]  # 500 episodes, ten points a win
+    for name in ("ArCHer", "PPO", "REINFORCE"):
+        reached = [tutorial.first(groups["online", "detective_late", name][seed], 0.8) for seed in seeds]
+        told.append(", ".join(f"{x:,.0f}" if x < float("inf") else "–" for x in reached))
+    (bullet,) = re.findall(r"\* \*\*The rarer a win.*?(?=\n\* )", README, re.S)
+    number = r"\d+(?:,\d{3})?"
+    assert re.findall(rf"{number}(?:, (?:{number}|–))+", " ".join(bullet.split())) == told
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The bug zoo
 # ---------------------------------------------------------------------------------------------------------------------
