@@ -1987,6 +1987,67 @@ def test_every_method_is_measured_beside_its_training(tutorial, method, monkeypa
         assert 12 <= rows[-1][1] <= 12 * 30
 
 
+@pytest.fixture
+def given(tutorial, monkeypatch, tmp_path):
+    """Runs one entry of the plan with all that takes time replaced by a look at what it is given."""
+    file, seen, methods = tmp_path / "demonstrations.jsonl", {}, dict(tutorial.METHODS)
+    envs.write_episodes(file, TwentyQuestions.demonstrations(50, 0))
+    monkeypatch.setattr(tutorial, "Config", functools.partial(Config, demonstrations=20))
+
+    def warm_start(actor, demonstrations, c):
+        seen.update(taught=len(demonstrations), size=(actor.model.config.n_layer, actor.model.config.n_embd))
+
+    def rollout(game, player, n, rng):
+        seen.update(measured=game)
+        return [[Transition("s", "a", [1], 0.0, "s", True)]]
+
+    monkeypatch.setattr(tutorial, "warm_start", warm_start)
+    monkeypatch.setattr(tutorial, "rollout", rollout)
+    for name, method in methods.items():
+        look = lambda game, actor, critic, demonstrations, c, report, method=method, **own: seen.update(game=game, c=c, method=method)
+        monkeypatch.setitem(tutorial.METHODS, name, look)
+
+    def run(part, game, name):
+        seen.clear()
+        (settings,) = [entry[4] for entry in tutorial.plan(str(file)) if entry[:4] == (part, game, name, 0)]
+        tutorial.compare(game, 0, **settings)
+        return types.SimpleNamespace(**seen)
+
+    return run
+
+
+def test_every_run_of_the_study_is_what_its_name_says(given, tutorial):
+    part = lambda name: given("ablations", "detective_late", name)
+    usual = part("ArCHer")
+    assert (usual.method, usual.c.episodes, usual.c.tau, usual.c.warmup_iterations, usual.c.capacity) == (archer.train, 1, 0.2, 10, 10_000)
+    assert part("no target network").c.tau == 1 and part("no warm-up").c.warmup_iterations == 0
+    assert part("about the last 48 episodes only").c.capacity == 1300
+    assert part("one critic").method is tutorial.train_with_one_critic
+    assert part("Monte-Carlo critic").method is tutorial.train_with_monte_carlo_critic
+    assert given("ablations", "guess_my_city", "token baseline").c.actor_loss == "baseline"
+    for name, method, episodes in (("ArCHer, no episodes", archer.train, 0), ("ArCHer, 16 an iteration", archer.train, 16),
+                                   ("ArCHer, 16 an iteration, own play only", tutorial.train_on_own_play, 16)):  # fmt: skip
+        run = given("varied", "detective_late", name)
+        assert (run.method, run.c.episodes) == (method, episodes) and run.game.noise == 0.3 and run.measured.noise == 0
+    assert given("varied", "detective_noisy", "PPO").game.noise == 1
+    for name, size in tutorial.SIZES.items():
+        assert given("capacity", "detective", name).size == size
+    for name, expectile, loss in (("IQL + AWR", 0.9, "awr"), ("SARSA + AWR", 0.5, "awr"), ("IQL + REINFORCE", 0.9, "reinforce")):
+        run = given("offline", "twenty_questions", name)
+        assert (run.c.critic_loss, run.c.expectile, run.c.actor_loss, run.c.episodes, run.taught) == ("iql", expectile, loss, 0, 50)
+    assert given("offline", "twenty_questions", "filtered BC").taught == 5 and given("offline", "twenty_questions", "BC").taught == 50
+
+
+def test_own_play_has_no_demonstrations_and_one_critic_has_one_head_of_each_kind(tutorial, models, monkeypatch):
+    handed = []
+    monkeypatch.setattr(tutorial, "train", lambda game, actor, critic, demonstrations, c, report: handed.append((critic, demonstrations)))
+    tutorial.train_on_own_play(Detective, *models, ["an episode"], Config(), None)
+    tutorial.train_with_one_critic(Detective, *models, ["an episode"], Config(), None)
+    (_, none), (critic, some) = handed
+    assert none == [] and some == ["an episode"]
+    assert critic.q_heads[0] is critic.q_heads[1] and critic.v_heads[0] is critic.v_heads[1]
+
+
 def study_run(run):
     """A run of the study, with one thread: lines for assets/study.csv."""
     torch.set_num_threads(1)
@@ -2017,7 +2078,39 @@ def test_readme_quotes_the_study(tutorial):
     """Made by: python test_archer.py study"""
     file = HERE / "assets" / "study.csv"
     assert "\n".join(tutorial.tables(tutorial.read(file))) in README
-    assert {(row["part"], row["game"], row["name"], int(row["seed"])) for row in csv.DictReader(file.open())} <= {run[:4] for run in tutorial.plan("")}
+    played = {(row["part"], row["game"], row["name"], int(row["seed"])): int(row["episodes"]) for row in csv.DictReader(file.open())}  # at the end
+    planned = {run[:4]: run[4].get("episodes", Config.episodes) * run[4].get("iterations", Config.iterations) for run in tutorial.plan("")}
+    assert played == {run: 0 if run[0] == "offline" else episodes for run, episodes in planned.items()}
+    assert f"The study ({len(played)} runs" in README
+
+
+def test_readme_draws_its_ratios_from_the_rows(tutorial):
+    """The figures in the prose of "Against other methods", each computed anew."""
+    groups = tutorial.read(HERE / "assets" / "study.csv")
+    late = {name: seeds for (_, game, name), seeds in groups.items() if game == "detective_late"}
+    late |= {name: groups["online", "detective_late", name] for name in ("ArCHer", "PPO", "filtered BC", "CHAI")}
+    short = {name: groups["online", "twenty_questions", name] for name in ("ArCHer", "PPO", "CHAI")}
+    to = lambda name, share=0.8, column=0, game=late: statistics.median_low([tutorial.first(rows, share, column) for rows in game[name].values()])
+    many, few, none = "ArCHer, 128 an iteration", "PPO, 1,024 an iteration", "ArCHer, no episodes"
+    arrived = lambda name: [x for x in (tutorial.first(rows, 0.8) for rows in late[name].values()) if x < float("inf")]
+    iterations = [x for name, n in (("ArCHer", 1), (many, 128)) for x in (e / n for e in arrived(name))]
+    city = [groups["ablations", "guess_my_city", name] for name in ("token baseline", "ArCHer")]
+    more = statistics.median(city[0][seed][-1][1] / city[1][seed][-1][1] - 1 for seed in city[0])
+    said = [
+        f"**{to('PPO') / to('ArCHer'):.0f} times fewer episodes than PPO**", f"it is {to(few, 0.5) / to('ArCHer', 0.5):.0f} times, to 50 % "
+        f"({to('ArCHer', 0.5):.0f} to {to(few, 0.5):,.0f})", f"128 and 1,024, it is {to(few, 0.5) / to(many, 0.5):.1f}.",
+        f"CHAI takes {to('CHAI'):.0f}**", f"filtered cloning takes {to('filtered BC'):.0f},",
+        f"{min(iterations):.0f} to {max(iterations):.0f} of them, {50 * min(iterations):,.0f} to {50 * max(iterations):,.0f} critic steps",
+        f"{to(many) / to('ArCHer'):.0f} times fewer episodes, and less sure", f"after {to(many):,.0f}, which is six times",
+        f"takes {to('ArCHer, 16 an iteration'):.0f} with them", f"{to('ArCHer, 16 an iteration, own play only'):.0f} without",
+        f"at most {max(row[3] for rows in late[none].values() for row in rows):.2f} of the gap on the way, and {max(rows[-1][3] for rows in late[none].values()):.2f}",
+        f"{to('ArCHer', column=1) / to('PPO', column=1):.0f} times as much as PPO", f"{to('ArCHer', column=2):.0f} seconds to PPO's {to('PPO', column=2):.0f}; "
+        f"filtered cloning takes {to('filtered BC', column=2):.0f}.", f"ArCHer takes {to('ArCHer', 0.5, game=short):.0f} to 50 %, PPO "
+        f"{to('PPO', 0.5, game=short):.0f}, CHAI {to('CHAI', 0.5, game=short):.0f}", f"PPO takes {to('PPO', game=short):.0f}", f"for {100 * more:.0f} % more utterances",
+    ]  # fmt: skip
+    assert round(to(many) / to("PPO")) == 6
+    text = " ".join(README.split())
+    assert [phrase for phrase in said if phrase not in text] == []
 
 
 def test_readme_tells_each_seed_of_detective_late_by_how_rarely_its_warm_start_wins(tutorial):
