@@ -121,12 +121,17 @@ def by_length(texts, size):
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
+def tensor(numbers, device, dtype=None):
+    """A list as a tensor on the device. Built there at once, it would wait until a GPU has done all that it was asked before."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 def pad(rows, fill, device, left=False):
     """Lists of ids -> ids and mask, [B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
     width = max(map(len, rows))
     side = (lambda row, gap: gap + row) if left else (lambda row, gap: row + gap)
-    ids = torch.tensor([side(row, [fill] * (width - len(row))) for row in rows], device=device)
-    return ids, torch.tensor([side([1] * len(row), [0] * (width - len(row))) for row in rows], device=device)
+    ids = tensor([side(row, [fill] * (width - len(row))) for row in rows], device)
+    return ids, tensor([side([1] * len(row), [0] * (width - len(row))) for row in rows], device)
 
 
 def positions(mask):
@@ -141,16 +146,22 @@ def sample(p):
     return torch.searchsorted(cumulated, draw, right=True).squeeze(1).clamp(max=p.shape[1] - 1)
 
 
+def plainly(f, *args, **named):
+    """How a batch goes through a model. For GPUs the workshop has another way: `lean`."""
+    return f(*args, **named)
+
+
 class Actor(nn.Module):
     """The policy pi(a|s): any causal language model. It speaks until a newline, which is a token like any other."""
 
-    def __init__(self, model, tokenizer, utterance_tokens=8):
+    def __init__(self, model, tokenizer, utterance_tokens=8, compute=plainly, rows=64):
+        """compute, rows: how batches go through the model, and how many rows together."""
         super().__init__()
+        self.compute, self.rows, self.utterances, self.tokens = compute, rows, 0, 0  # the last two: spoken so far, in games and outside
         self.model, self.tokenizer, self.utterance_tokens = model.eval(), tokenizer, utterance_tokens  # eval: no dropout
         (self.end,) = tokenizer.encode("\n", add_special_tokens=False)
         self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
         self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
-        self.utterances = 0  # spoken so far, in games and outside
 
     def encode(self, texts):
         """Token ids, a list a text. What is too long loses its beginning."""
@@ -160,62 +171,60 @@ class Actor(nn.Module):
     def act(self, states, greedy=False):
         """One utterance a state, in one batch, from the full softmax (top-k would sample another policy than we score).
 
-        Returns the texts, without the newline, and the sampled token ids, with it. Each distinct state is read once; a
-        row that has ended leaves the batch.
+        Returns the texts, without the newline, and the sampled token ids, with it. The model has a row for each distinct state,
+        later for each distinct beginning of an utterance there: those who have said the same so far share it, until they differ
+        or end. Each draws tokens of its own, so that this is exact.
         """
-        self.utterances += len(states)
         distinct = list(dict.fromkeys(states))
         ids, mask = pad(self.encode(distinct), self.end, self.model.device, left=True)
         row_of = {state: i for i, state in enumerate(distinct)}
-        # The first round of the loop has a row a distinct state; the later ones have a row an utterance that goes on.
-        rows, cache = torch.tensor([row_of[state] for state in states], device=ids.device), None
+        row, cache = tensor([row_of[state] for state in states], ids.device), None  # the row of each who still talks
         said, talking = [[] for _ in states], range(len(states))
         for _ in range(self.utterance_tokens):
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
-                             past_key_values=cache, use_cache=True, logits_to_keep=1)
-            p = out.logits[:, -1].float().softmax(1)[rows]
+            out = self.compute(self.model, input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
+                               past_key_values=cache, use_cache=True, logits_to_keep=1)
+            p = out.logits[:, -1].float().softmax(1)[row]
             token = p.argmax(1) if greedy else sample(p)
             for i, t in zip(talking, token.tolist()):
                 said[i].append(t)
-            goes_on = token != self.end
-            talking = [i for i, yes in zip(talking, goes_on.tolist()) if yes]
+            talking = [i for i in talking if said[i][-1] != self.end]
             if not talking:
                 break
-            # The cache keeps the rows that go on, copied where several utterances start from one state.
-            cache, rows, ids = out.past_key_values, rows[goes_on], token[goes_on, None]
-            cache.batch_select_indices(rows)
-            mask = torch.cat([mask[rows], torch.ones_like(ids)], 1)
-            rows = torch.arange(len(talking), device=ids.device)
+            # The next rows: the distinct pairs of a row and a token. The cache copies a row once for each of its pairs.
+            pairs, row = (row * p.shape[1] + token)[token != self.end].unique(return_inverse=True)
+            cache, old, ids = out.past_key_values, pairs // p.shape[1], pairs[:, None] % p.shape[1]
+            cache.batch_select_indices(old)
+            mask = torch.cat([mask[old], torch.ones_like(ids)], 1)
+        self.utterances, self.tokens = self.utterances + len(said), self.tokens + sum(map(len, said))
         return [text.removesuffix("\n") for text in self.tokenizer.batch_decode(said)], said
 
-    def act_many(self, states, size=1024):
+    def act_many(self, states):
         """What `act` says at any number of states, as text, in a few large batches."""
         texts = {}
-        for rows in by_length(states, size):
+        for rows in by_length(states, 16 * self.rows):
             texts.update(zip(rows, self.act([states[i] for i in rows])[0]))
         return [texts[i] for i in range(len(states))]
 
-    def log_probs(self, states, token_ids, size=64):
+    def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token that was spoken, its end token included.
 
         Returns (log-probabilities, mask), both [B, L]; short utterances stand at the right edge.
         """
         sequences, longest = [s + a for s, a in zip(self.encode(states), token_ids)], max(map(len, token_ids))
-        chunks, parts = by_length(sequences, size), []
+        chunks, parts = by_length(sequences, self.rows), []
         for rows in chunks:
             ids, mask = pad([sequences[i] for i in rows], self.end, self.model.device, left=True)
-            L = min(longest, ids.shape[1] - 1)
-            parts.append(nn.functional.pad(self.per_token(ids, mask, L), (longest - L, 0)))
-        log_p = torch.cat(parts)[torch.tensor(sum(chunks, [])).argsort()]
-        lengths = torch.tensor([len(a) for a in token_ids], device=log_p.device)
-        spoken = torch.arange(longest, 0, -1, device=log_p.device) <= lengths[:, None]
+            part = self.compute(self.per_token, ids, mask, longest)
+            parts.append(nn.functional.pad(part, (longest - part.shape[1], 0)))
+        log_p = torch.cat(parts)[tensor(sum(chunks, []), self.model.device).argsort()]
+        _, spoken = pad(token_ids, self.end, self.model.device, left=True)
         return log_p, spoken.float()
 
     def per_token(self, ids, mask, L):
-        """[B, L]: the log-probability of each of the last L tokens, given all before it."""
+        """The log-probability of each of the last L tokens that have one before them, given all before it: [B, L], or fewer columns."""
         logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1).logits
         log_p = torch.log_softmax(logits[:, :-1].float(), -1)  # the logits at i-1 predict token i
-        return log_p.gather(2, ids[:, -L:, None]).squeeze(2)
+        return log_p.gather(2, ids[:, 1:][:, -L:, None]).squeeze(2)
 
 
 def value_head(width, h, gain):
@@ -230,8 +239,9 @@ def value_head(width, h, gain):
 class DoubleCritic(nn.Module):
     """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled."""
 
-    def __init__(self, encoder, tokenizer, gain=1.4):
+    def __init__(self, encoder, tokenizer, gain=1.4, compute=plainly, rows=64):
         super().__init__()
+        self.compute, self.rows = compute, rows  # as an actor's
         self.encoder, self.tokenizer = encoder.eval(), tokenizer
         h, room = encoder.config.hidden_size, min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
         self.tokens_of = functools.lru_cache(2**16)(
@@ -239,15 +249,17 @@ class DoubleCritic(nn.Module):
         self.q_heads = nn.ModuleList([value_head(2 * h, h, gain) for _ in range(2)])
         self.v_heads = nn.ModuleList([value_head(h, h, gain) for _ in range(2)])
 
-    def embed(self, texts, size=64):
-        """[B, H]: the mean over a text's tokens. Each distinct text is encoded once; observations repeat a lot."""
-        distinct, pooled = sorted(dict.fromkeys(texts), key=len), []
-        for i in range(0, len(distinct), size):
-            ids, mask = pad([self.tokens_of(x) for x in distinct[i : i + size]], self.tokenizer.pad_token_id, self.encoder.device)
-            hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-            pooled.append((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True))
-        row = {text: i for i, text in enumerate(distinct)}
-        return torch.cat(pooled)[[row[text] for text in texts]]
+    def embed(self, texts):
+        """[B, H]. Each distinct text is encoded once; observations repeat a lot."""
+        distinct, fill, device = sorted(dict.fromkeys(texts), key=len), self.tokenizer.pad_token_id, self.encoder.device
+        chunks = [[*map(self.tokens_of, distinct[i : i + self.rows])] for i in range(0, len(distinct), self.rows)]
+        pooled, row = [self.compute(self.pool, *pad(chunk, fill, device)) for chunk in chunks], {text: i for i, text in enumerate(distinct)}
+        return torch.cat(pooled)[tensor([row[text] for text in texts], device)]
+
+    def pool(self, ids, mask):
+        """[B, H]: the mean over a text's tokens."""
+        hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return (hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
 
     def forward(self, s, a):
         """Q_1 and Q_2 of utterances at states, V_1 and V_2 of the states, [2, B] each, from their texts."""
@@ -365,7 +377,7 @@ def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
     # Each head of the double critic learns from its own target; the minimum of the two is for the actor only.
     s, a, _, r, s2, done = zip(*batch)
     q, v = critic(s, a)
-    r, done = torch.tensor([r, done], dtype=torch.float32, device=v.device)
+    r, done = tensor([r, done], v.device, torch.float32)
     with torch.no_grad():
         next_v = target.v(target.embed(s2))
         said_q, _ = target(s, utterances)
@@ -396,12 +408,12 @@ class TokenBaseline(Actor):
     """V~(s, a^{1:i-1}): a language model of its own that gives each token a value where an actor gives a log-probability."""
 
     def __init__(self, actor, c):
-        super().__init__(copy.deepcopy(actor.model), actor.tokenizer, actor.utterance_tokens)
+        super().__init__(copy.deepcopy(actor.model), actor.tokenizer, actor.utterance_tokens, actor.compute, actor.rows)
         self.head = nn.Linear(actor.model.config.hidden_size, 1).to(actor.model.device)
         self.optimizer = torch.optim.Adam(self.parameters(), c.critic_lr)  # what it learns is a value, too
 
     def per_token(self, ids, mask, L):
-        """[B, L]: the value before each of the last L tokens, which sees only the state and the tokens before."""
+        """The value before each of the last L tokens, which sees only the state and the tokens before: [B, L], or fewer columns."""
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
         return self.head(hidden[:, -L - 1 : -1]).squeeze(2)
 
@@ -443,19 +455,16 @@ def rollout(game, actor, episodes, rng, greedy=False):
 
     A turn limit reported as `truncated` ends the episode but is not `done`: what would have followed still has a value.
     """
-    games = [game() for _ in range(episodes)]
-    states = [g.reset(seed=rng.randrange(2**31))[0] for g in games]
-    played, playing = [[] for _ in games], range(episodes)
-    while playing:
-        still_playing = []
-        for i, a, token_ids in zip(playing, *actor.act([states[i] for i in playing], greedy)):
+    games, played = [game() for _ in range(episodes)], [[] for _ in range(episodes)]
+    states = {i: g.reset(seed=rng.randrange(2**31))[0] for i, g in enumerate(games)}  # of the games that go on
+    while states:
+        for i, a, token_ids in zip([*states], *actor.act([*states.values()], greedy)):
             s2, r, terminated, truncated, _ = games[i].step(a)
             # A game may count in numpy's numbers, which json cannot write.
             played[i].append(Transition(states[i], a, token_ids, float(r), s2, bool(terminated)))
             states[i] = s2
-            if not (terminated or truncated):
-                still_playing.append(i)
-        playing = still_playing
+            if terminated or truncated:
+                del states[i]
     return played
 
 
