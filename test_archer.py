@@ -1973,11 +1973,63 @@ def test_the_game_in_readme_runs(monkeypatch, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["game"] == "dial"
 
 
+def test_every_command_in_readme_is_taken(monkeypatch, tmp_path):
+    """The command line understands each as it stands; what a loop sets is filled in."""
+    blocks, given, seen = re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S), [], 0
+    monkeypatch.setattr(archer, "run", lambda c, saved=None: given.append((c, saved)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/FOLDER").mkdir(parents=True)
+    (tmp_path / "runs/FOLDER/config.json").write_text(json.dumps(dataclasses.asdict(Config())))
+    for block in blocks:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for line in re.split(r"\n|;|&&", block.replace("$seed", "0").replace("$game", "web_shop")):
+            words = [word for word in line.split() if word not in ("do", "done")]
+            if words[:1] == ["OMP_NUM_THREADS=1"]:
+                words = words[1:]
+            if words[:2] == ["python", "archer.py"]:
+                archer.main(words[2:])
+                seen += 1
+            elif words[:2] == ["python", "test_archer.py"]:
+                assert words[2:] == ["runs/*"] or words[2] in COMMANDS and len(words) == 3, line
+            else:
+                assert not words or words[0] in ("for", "pytest") or words == "pip install -r requirements.txt".split(), line
+    assert len(given) == seen > 6 and given[1][0].tau == 0.1  # the second is the paper's preset
+
+
+def test_readme_shows_a_dialogue_that_was_had():
+    (shown,) = re.findall(r"^```text\n(.*?)^```", README, re.M | re.S)
+    assert shown in (HERE / "assets" / "dialogues.txt").read_text()
+
+
+def test_readme_explains_every_field_of_metrics_and_summary(small_run):
+    section = README.split("## What a run writes")[1].split("\n## ")[0]
+    line = json.loads((small_run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.M)))) - {"metrics"} == set(line)
+    assert all(f"`{phase}`" in section for phase in line["seconds"])
+    assert all(f"`{name}`" in section for name in json.loads((small_run / "summary.json").read_text())
+               if name not in ("game", "seed", "episodes", "device"))  # fmt: skip
+
+
+def test_promised_minutes_are_those_of_the_results():
+    """archer.py's first lines against the medians in assets/results.jsonl."""
+    runs = [json.loads(line) for line in (HERE / "assets" / "results.jsonl").read_text().splitlines()]
+    seconds = lambda settings: statistics.median(run["seconds"] for run in runs if run["settings"] == settings)
+    promise = dict(re.findall(r"python archer.py(.*?) {2,}.*?(a minute or two|about \w+ minutes)", archer.__doc__))
+    assert promise == {"": "a minute or two", " --env twenty_questions": "about three minutes"}
+    assert 45 < seconds("default") < 135 and 130 < seconds("`--env twenty_questions`") < 240
+
+
+def test_readme_quotes_speed():
+    """Made by: python test_archer.py speed"""
+    assert "\n".join(speed_table()) in README
+
+
 def test_readme_names_what_exists():
+    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", README, re.M)}
     for name in re.findall(r"\]\(([^)]+)\)", README):
-        assert name.startswith("https://") or (HERE / name).exists(), name
+        assert name.startswith("https://") or name.removeprefix("#") in anchors or (HERE / name).exists(), name
     for option in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README)) - {"env"}:
-        assert option.replace("-", "_") in {f.name for f in dataclasses.fields(Config)} | {"help"}, option
+        assert option.replace("-", "_") in {f.name for f in dataclasses.fields(Config)} | {"help", "preset", "resume"}, option
     for line in re.findall(r"\| .*\| (.*) \|", README.split("## Where each equation is")[1].split("\n## ")[0]):
         for name in re.findall(r"`(\w+)`", line):
             assert hasattr(archer, name) or hasattr(archer.TokenBaseline, name), name
@@ -2695,5 +2747,7 @@ def test_zoo_stands_in_readme():
     assert "\n".join(zoo_table()) in README
 
 
+COMMANDS = {"speed": speed, "study": study, "zoo": lambda: print("\n".join(zoo_table()))}
+
 if __name__ == "__main__":
-    speed() if sys.argv[1:] == ["speed"] else study() if sys.argv[1:] == ["study"] else print("\n".join(zoo_table())) if sys.argv[1:] == ["zoo"] else collect(sys.argv[1:])
+    COMMANDS.get(" ".join(sys.argv[1:]), lambda: collect(sys.argv[1:]))()
