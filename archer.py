@@ -22,9 +22,8 @@ import json
 import pathlib
 import random
 import re
-import sys
 import time
-from typing import NamedTuple
+from collections import namedtuple
 
 import tokenizers
 import torch
@@ -33,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
-from envs import GAMES, read_episodes, write_episodes
+from envs import GAMES, explained, read_episodes, require, try_game, write, write_episodes
 
 
 @dataclasses.dataclass
@@ -42,9 +41,11 @@ class Config:
 
     env: str = "detective"  # the game, a name in GAMES
     seed: int = 0  # of everything random; on one CPU the same seed gives the same run, bit for bit
+    device: str = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"  # or another
     actor: str = ""  # causal language model, a name or a folder; empty: a tiny GPT-2 from scratch
     critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
     out: str = ""  # folder to write into; empty: a new one under runs/
+    checkpoint_every: int = 10  # iterations; 1: the most that can be lost is one, 0: there are none but before the first and after the last
 
     demonstrations: int = 2000  # episodes of sub-optimal play, for warm start and buffer; 0: no warm start, the actor must already speak
     warm_start_steps: int = 1200  # few: it says anything anywhere, and ArCHer starts from there; many: slow
@@ -65,6 +66,7 @@ class Config:
     actor_steps: int = 4  # in an iteration; 0: only the critic learns, many: the actor leaves what the critic has seen
     actor_lr: float = 3e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
     batch: int = 128  # transitions in a step of the warm start or the critic, states in one of the actor; small: noisy, large: slow
+    micro_batch: int = 0  # texts that a model learns from at a time, the same gradient; small: little memory, slow; 0: 64, and all is kept
     clip: float = 1.0  # gradient norm, actor and critic apart; tiny: every step has the same length, huge: no clipping
 
     actor_loss: str = "reinforce"  # Eq. 3; or baseline: Eqs. 4 and 5; ppo: a clipped ratio; awr: Eq. 7, on logged utterances
@@ -86,15 +88,13 @@ class Config:
 # ======================================================================================================================
 
 
-class Transition(NamedTuple):
-    """One turn. `ids` are the tokens of the utterance as they were sampled, with the end token unless it was cut before."""
+class Transition(namedtuple("Transition", "s a ids r s2 done")):
+    """One turn.
 
-    s: str  # all that the agent may know, as text
-    a: str  # what it said
-    ids: list
-    r: float
-    s2: str  # s'
-    done: bool  # nothing follows s2. A time limit outside the task is not `done`: there the critic bootstraps.
+    s: all that the agent may know, as text. a: what it said. ids: the tokens of a as they were sampled, with the end token unless
+    it was cut before. r: the reward. s2: s'. done: nothing follows s2. A time limit outside the task is not `done`: there the
+    critic bootstraps.
+    """
 
 
 class ReplayBuffer:
@@ -121,12 +121,17 @@ def by_length(texts, size):
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
+def tensor(numbers, device, dtype=None):
+    """A list as a tensor on the device. Built there at once, it would wait until a GPU has done all that it was asked before."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 def pad(rows, fill, device, left=False):
     """Lists of ids -> ids and mask, [B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
     width = max(map(len, rows))
     side = (lambda row, gap: gap + row) if left else (lambda row, gap: row + gap)
-    ids = torch.tensor([side(row, [fill] * (width - len(row))) for row in rows], device=device)
-    return ids, torch.tensor([side([1] * len(row), [0] * (width - len(row))) for row in rows], device=device)
+    ids = tensor([side(row, [fill] * (width - len(row))) for row in rows], device)
+    return ids, tensor([side([1] * len(row), [0] * (width - len(row))) for row in rows], device)
 
 
 def positions(mask):
@@ -144,13 +149,14 @@ def sample(p):
 class Actor(nn.Module):
     """The policy pi(a|s): any causal language model. It speaks until a newline, which is a token like any other."""
 
-    def __init__(self, model, tokenizer, utterance_tokens=8):
+    def __init__(self, model, tokenizer, utterance_tokens=8, rows=64):
+        """utterance_tokens: of an utterance, at most; rows: that go through the model at once, when it scores."""
         super().__init__()
+        self.rows, self.utterances, self.tokens = rows, 0, 0  # utterances and tokens said so far, in games and outside
         self.model, self.tokenizer, self.utterance_tokens = model.eval(), tokenizer, utterance_tokens  # eval: no dropout
         (self.end,) = tokenizer.encode("\n", add_special_tokens=False)
         self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
         self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
-        self.utterances = 0  # spoken so far, in games and outside
 
     def encode(self, texts):
         """Token ids, a list a text. What is too long loses its beginning."""
@@ -160,62 +166,56 @@ class Actor(nn.Module):
     def act(self, states, greedy=False):
         """One utterance a state, in one batch, from the full softmax (top-k would sample another policy than we score).
 
-        Returns the texts, without the newline, and the sampled token ids, with it. Each distinct state is read once; a
-        row that has ended leaves the batch.
+        Returns the texts, without the newline, and the sampled token ids, with it. The model has a row for each distinct state,
+        later for each distinct beginning of an utterance there: those who have said the same so far share it, until they differ
+        or end. Each draws tokens of its own, so that this is exact.
         """
-        self.utterances += len(states)
         distinct = list(dict.fromkeys(states))
         ids, mask = pad(self.encode(distinct), self.end, self.model.device, left=True)
         row_of = {state: i for i, state in enumerate(distinct)}
-        # The first round of the loop has a row a distinct state; the later ones have a row an utterance that goes on.
-        rows, cache = torch.tensor([row_of[state] for state in states], device=ids.device), None
+        row, cache = tensor([row_of[state] for state in states], ids.device), None  # the row of each who still talks
         said, talking = [[] for _ in states], range(len(states))
         for _ in range(self.utterance_tokens):
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
                              past_key_values=cache, use_cache=True, logits_to_keep=1)
-            p = out.logits[:, -1].float().softmax(1)[rows]
+            p = out.logits[:, -1].float().softmax(1)[row]
             token = p.argmax(1) if greedy else sample(p)
             for i, t in zip(talking, token.tolist()):
                 said[i].append(t)
-            goes_on = token != self.end
-            talking = [i for i, yes in zip(talking, goes_on.tolist()) if yes]
+            talking = [i for i in talking if said[i][-1] != self.end]
             if not talking:
                 break
-            # The cache keeps the rows that go on, copied where several utterances start from one state.
-            cache, rows, ids = out.past_key_values, rows[goes_on], token[goes_on, None]
-            cache.batch_select_indices(rows)
-            mask = torch.cat([mask[rows], torch.ones_like(ids)], 1)
-            rows = torch.arange(len(talking), device=ids.device)
+            # The next rows: the distinct pairs of a row and a token. The cache copies a row once for each of its pairs.
+            pairs, row = (row * p.shape[1] + token)[token != self.end].unique(return_inverse=True)
+            cache, old, ids = out.past_key_values, pairs // p.shape[1], pairs[:, None] % p.shape[1]
+            cache.batch_select_indices(old)
+            mask = torch.cat([mask[old], torch.ones_like(ids)], 1)
+        self.utterances, self.tokens = self.utterances + len(said), self.tokens + sum(map(len, said))
         return [text.removesuffix("\n") for text in self.tokenizer.batch_decode(said)], said
 
-    def act_many(self, states, size=1024):
+    def act_many(self, states):
         """What `act` says at any number of states, as text, in a few large batches."""
-        texts = {}
-        for rows in by_length(states, size):
-            texts.update(zip(rows, self.act([states[i] for i in rows])[0]))
+        texts = {i: text for rows in by_length(states, 16 * self.rows) for i, text in zip(rows, self.act([states[i] for i in rows])[0])}
         return [texts[i] for i in range(len(states))]
 
-    def log_probs(self, states, token_ids, size=64):
+    def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token that was spoken, its end token included.
 
         Returns (log-probabilities, mask), both [B, L]; short utterances stand at the right edge.
         """
         sequences, longest = [s + a for s, a in zip(self.encode(states), token_ids)], max(map(len, token_ids))
-        chunks, parts = by_length(sequences, size), []
-        for rows in chunks:
-            ids, mask = pad([sequences[i] for i in rows], self.end, self.model.device, left=True)
-            L = min(longest, ids.shape[1] - 1)
-            parts.append(nn.functional.pad(self.per_token(ids, mask, L), (longest - L, 0)))
-        log_p = torch.cat(parts)[torch.tensor(sum(chunks, [])).argsort()]
-        lengths = torch.tensor([len(a) for a in token_ids], device=log_p.device)
-        spoken = torch.arange(longest, 0, -1, device=log_p.device) <= lengths[:, None]
+        chunks = by_length(sequences, self.rows)
+        parts = [self.per_token(*pad([sequences[i] for i in rows], self.end, self.model.device, left=True), longest) for rows in chunks]
+        order = tensor(sum(chunks, []), self.model.device).argsort()
+        log_p = torch.cat([nn.functional.pad(part, (longest - part.shape[1], 0)) for part in parts])[order]
+        _, spoken = pad(token_ids, self.end, self.model.device, left=True)
         return log_p, spoken.float()
 
     def per_token(self, ids, mask, L):
-        """[B, L]: the log-probability of each of the last L tokens, given all before it."""
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1).logits
+        """The log-probability of each of the last L tokens that have one before them, given all before it: [B, L], or fewer columns."""
+        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1, use_cache=False).logits
         log_p = torch.log_softmax(logits[:, :-1].float(), -1)  # the logits at i-1 predict token i
-        return log_p.gather(2, ids[:, -L:, None]).squeeze(2)
+        return log_p.gather(2, ids[:, 1:][:, -L:, None]).squeeze(2)
 
 
 def value_head(width, h, gain):
@@ -230,24 +230,24 @@ def value_head(width, h, gain):
 class DoubleCritic(nn.Module):
     """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled."""
 
-    def __init__(self, encoder, tokenizer, gain=1.4):
+    def __init__(self, encoder, tokenizer, gain=1.4, rows=64):
         super().__init__()
-        self.encoder, self.tokenizer = encoder.eval(), tokenizer
+        self.encoder, self.tokenizer, self.rows = encoder.eval(), tokenizer, rows
         h, room = encoder.config.hidden_size, min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
-        self.tokens_of = functools.lru_cache(2**16)(
-            lambda text: tokenizer.encode(text, truncation=True, max_length=room) or [tokenizer.pad_token_id])
+        tokens_of = lambda text: tokenizer.encode(text, truncation=True, max_length=room) or [tokenizer.pad_token_id]
+        self.tokens_of = functools.lru_cache(2**16)(tokens_of)
         self.q_heads = nn.ModuleList([value_head(2 * h, h, gain) for _ in range(2)])
         self.v_heads = nn.ModuleList([value_head(h, h, gain) for _ in range(2)])
 
-    def embed(self, texts, size=64):
+    def embed(self, texts):
         """[B, H]: the mean over a text's tokens. Each distinct text is encoded once; observations repeat a lot."""
         distinct, pooled = sorted(dict.fromkeys(texts), key=len), []
-        for i in range(0, len(distinct), size):
-            ids, mask = pad([self.tokens_of(x) for x in distinct[i : i + size]], self.tokenizer.pad_token_id, self.encoder.device)
+        for i in range(0, len(distinct), self.rows):
+            ids, mask = pad([*map(self.tokens_of, distinct[i : i + self.rows])], self.tokenizer.pad_token_id, self.encoder.device)
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             pooled.append((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True))
         row = {text: i for i, text in enumerate(distinct)}
-        return torch.cat(pooled)[[row[text] for text in texts]]
+        return torch.cat(pooled)[tensor([row[text] for text in texts], self.encoder.device)]
 
     def forward(self, s, a):
         """Q_1 and Q_2 of utterances at states, V_1 and V_2 of the states, [2, B] each, from their texts."""
@@ -355,9 +355,7 @@ def fresh_utterances(actor, batches):
     return [[next(texts) for _ in batch] for batch in batches]
 
 
-def logged_utterances(actor, batches):
-    """For Eq. 6, what was said."""
-    return [[t.a for t in batch] for batch in batches]
+logged_utterances = lambda actor, batches: [[t.a for t in batch] for batch in batches]  # for Eq. 6, what was said
 
 
 def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
@@ -365,7 +363,7 @@ def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
     # Each head of the double critic learns from its own target; the minimum of the two is for the actor only.
     s, a, _, r, s2, done = zip(*batch)
     q, v = critic(s, a)
-    r, done = torch.tensor([r, done], dtype=torch.float32, device=v.device)
+    r, done = tensor([r, done], v.device, torch.float32)
     with torch.no_grad():
         next_v = target.v(target.embed(s2))
         said_q, _ = target(s, utterances)
@@ -379,8 +377,7 @@ def judged_batch(actor, critic, buffer, c, fresh=True):
     fresh: the utterances are those that the actor says there now, and the logged ones play no part.
     """
     s, a, token_ids, *_ = zip(*buffer.sample(c.batch))
-    if fresh:
-        a, token_ids = actor.act(s)
+    a, token_ids = actor.act(s) if fresh else (a, token_ids)
     return s, token_ids, advantage(*critic(s, a))
 
 
@@ -396,13 +393,13 @@ class TokenBaseline(Actor):
     """V~(s, a^{1:i-1}): a language model of its own that gives each token a value where an actor gives a log-probability."""
 
     def __init__(self, actor, c):
-        super().__init__(copy.deepcopy(actor.model), actor.tokenizer, actor.utterance_tokens)
+        super().__init__(copy.deepcopy(actor.model), actor.tokenizer, actor.utterance_tokens, actor.rows)
         self.head = nn.Linear(actor.model.config.hidden_size, 1).to(actor.model.device)
-        self.optimizer = torch.optim.Adam(self.parameters(), c.critic_lr)  # what it learns is a value, too
+        self.optimizer = adam(self.parameters(), c.critic_lr)  # what it learns is a value, too
 
     def per_token(self, ids, mask, L):
-        """[B, L]: the value before each of the last L tokens, which sees only the state and the tokens before."""
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)).last_hidden_state
+        """The value before each of the last L tokens, which sees only the state and the tokens before: [B, L], or fewer columns."""
+        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).last_hidden_state
         return self.head(hidden[:, -L - 1 : -1]).squeeze(2)
 
     def improve(self, actor, critic, buffer, c):
@@ -443,25 +440,22 @@ def rollout(game, actor, episodes, rng, greedy=False):
 
     A turn limit reported as `truncated` ends the episode but is not `done`: what would have followed still has a value.
     """
-    games = [game() for _ in range(episodes)]
-    states = [g.reset(seed=rng.randrange(2**31))[0] for g in games]
-    played, playing = [[] for _ in games], range(episodes)
-    while playing:
-        still_playing = []
-        for i, a, token_ids in zip(playing, *actor.act([states[i] for i in playing], greedy)):
+    games, played = [game() for _ in range(episodes)], [[] for _ in range(episodes)]
+    states = {i: g.reset(seed=rng.randrange(2**31))[0] for i, g in enumerate(games)}  # of the games that go on
+    while states:
+        for i, a, token_ids in zip([*states], *actor.act([*states.values()], greedy)):
             s2, r, terminated, truncated, _ = games[i].step(a)
             # A game may count in numpy's numbers, which json cannot write.
             played[i].append(Transition(states[i], a, token_ids, float(r), s2, bool(terminated)))
             states[i] = s2
-            if not (terminated or truncated):
-                still_playing.append(i)
-        playing = still_playing
+            if terminated or truncated:
+                del states[i]
     return played
 
 
 def warm_start(actor, demonstrations, c):
     """Supervised fine-tuning on demonstrations, a list of episodes, where the paper's actors come from too."""
-    rng, optimizer, transitions = random.Random(c.seed), torch.optim.Adam(actor.parameters()), [t for e in demonstrations for t in e]
+    rng, optimizer, transitions = random.Random(c.seed), adam(actor.parameters()), [t for e in demonstrations for t in e]
     for step in tqdm(range(c.warm_start_steps if transitions else 0), "warm start"):
         optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
         batch = rng.choices(transitions, k=c.batch)
@@ -469,33 +463,35 @@ def warm_start(actor, demonstrations, c):
         descend(-(log_p * spoken).sum() / spoken.sum(), actor, optimizer, c.clip)
 
 
-def train(game, actor, critic, demonstrations, c, report=lambda metrics, episodes: None):
+def train(game, actor, critic, demonstrations, c, report=lambda metrics, episodes: None, begin=lambda *parts: 0, lap=lambda phase, x=None: x):
     """Algorithm 1; changes actor and critic in place. With no episodes an iteration it is offline.
 
     game: class with `reset` and `step`. demonstrations: episodes, as `rollout` returns them. report: called once an iteration
-    with a dict of numbers and the episodes that were played.
+    with a dict of numbers and the episodes that were played. begin and lap are the workshop's: the one may put all that is learned
+    here back to where a run was stopped, and returns how many iterations that has had; the other takes the time of each phase.
     """
     target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
-    actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr)
+    actor_optimizer, critic_optimizer = adam(actor.parameters(), c.actor_lr), adam(critic.parameters(), c.critic_lr)
     actor_losses, (utterances_for_v, loss_of_v) = ACTOR_LOSSES[c.actor_loss](actor, c), CRITIC_LOSSES[c.critic_loss](c)
     buffer, rng = ReplayBuffer(c.capacity, c.seed), random.Random(c.seed)
     buffer.add(t for episode in demonstrations for t in episode)  # (Alg. 1, line 2)
-    for iteration in tqdm(range(c.iterations), "ArCHer"):  # (Alg. 1, line 3)
-        episodes = rollout(game, actor, c.episodes, rng)  # (Alg. 1, lines 4-7)
+    first = begin([actor, critic, target, actor_optimizer, critic_optimizer], actor_losses, buffer, rng)
+    for iteration in tqdm(range(first, c.iterations), "ArCHer"):  # (Alg. 1, line 3)
+        episodes = lap("play", rollout(game, actor, c.episodes, rng))  # (Alg. 1, lines 4-7)
         buffer.add(t for episode in episodes for t in episode)
-        batches = [buffer.sample(c.batch) for _ in range(c.critic_steps)]
-        losses, advantages = [], []
-        for batch, utterances in zip(batches, utterances_for_v(actor, batches)):  # (Alg. 1, line 8)
+        batches, losses, descents = [buffer.sample(c.batch) for _ in range(c.critic_steps)], [], []
+        for batch, utterances in zip(batches, lap("utterances", utterances_for_v(actor, batches))):  # (Alg. 1, line 8)
             loss_q, loss_v = critic_loss(critic, target, batch, utterances, c.gamma, loss_of_v)
             descend(loss_q + loss_v, critic, critic_optimizer, c.clip)  # (Alg. 1, lines 9-10), at once: they share an encoder
             soft_update(target, critic, c.tau)  # (Alg. 1, lines 12-15)
-            losses.append((loss_q.item(), loss_v.item()))
+            losses.append(torch.stack([loss_q, loss_v]).detach())
+        lap("critic")
         for _ in range(c.actor_steps if iteration >= c.warmup_iterations else 0):  # (Alg. 1, line 20)
             for loss, A in actor_losses(actor, critic, buffer, c):
                 descend(loss, actor, actor_optimizer, c.clip)  # (Alg. 1, line 22)
-                advantages.append(A)
-        report(metrics_of(iteration, episodes, losses, advantages, critic, c.gamma), episodes)
+                descents.append((loss.detach(), A))
+        lap("actor")
+        report(metrics_of(iteration, episodes, losses, descents, critic, c.gamma), episodes)
 
 
 # ======================================================================================================================
@@ -503,40 +499,22 @@ def train(game, actor, critic, demonstrations, c, report=lambda metrics, episode
 # ======================================================================================================================
 
 
-def fail(message):
-    """One clear line instead of a traceback; exit code 2."""
-    print(f"archer: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def check(c):
-    """Finds impossible settings before any work is done."""
-    for option, names in (("env", GAMES), ("actor_loss", ACTOR_LOSSES), ("critic_loss", CRITIC_LOSSES)):
-        if getattr(c, option) not in names:
-            fail(f"--{option.replace('_', '-')} cannot be {getattr(c, option)!r}; choose from {', '.join(names)}")
+def check(c, new=True):
+    """Finds impossible settings before any work is done. new: the run is not one that goes on."""
+    for name, names in (("env", GAMES), ("actor_loss", ACTOR_LOSSES), ("critic_loss", CRITIC_LOSSES)):
+        require(getattr(c, name) in names, f"--{name.replace('_', '-')} cannot be {getattr(c, name)!r}; choose from {', '.join(names)}")
     positive = {"warm_start_lr", "utterance_tokens", "capacity", "critic_steps", "critic_lr", "head_gain", "actor_lr", "batch", "clip",
                 "ppo_epochs", "evaluation_episodes"}
     for name, value in vars(c).items():
-        least, most = "more than 0" if name in positive else "0 or more", 1 if name in ("gamma", "tau", "expectile") else float("inf")
-        if not isinstance(value, str) and not (0 < value <= most or (value == 0 and name not in positive)):
-            fail(f"--{name.replace('_', '-')} must be {least}{', at most 1' * (most == 1)}, not {value}")
-    if not (c.actor or c.offline) and not (c.demonstrations and hasattr(GAMES[c.env], "demonstrations")):
-        fail("a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
-    if c.save_data and (pathlib.Path(c.save_data).is_dir() or not pathlib.Path(c.save_data).absolute().parent.is_dir()):
-        fail(f"cannot write {c.save_data}: it is a folder, or its folder does not exist")
-    if c.out and pathlib.Path(c.out, "summary.json").exists():
-        fail(f"--out {c.out} holds an earlier run; name another folder")
-
-
-def make_folder(c):
-    """The folder to write into: the one that was named, or a new one under runs/."""
-    numbered = (pathlib.Path("runs", f"{c.env}-seed{c.seed}-{k}") for k in range(1, 10**6))
-    folder = pathlib.Path(c.out) if c.out else next(f for f in numbered if not f.exists())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"cannot write into {folder}: {error.strerror}")
-    return folder
+        least, most = "more than 0" if name in positive else "0 or more", 1 if name in ("gamma", "tau", "expectile") else 1e300
+        possible = isinstance(value, str) or 0 < value <= most or (value == 0 and name not in positive)
+        require(possible, f"--{name.replace('_', '-')} must be {least}{', at most 1' * (most == 1)}, not {value}")
+    speaks = c.actor or c.offline or (c.demonstrations and hasattr(GAMES[c.env], "demonstrations"))
+    require(speaks, "a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
+    require(c.batch <= c.capacity or c.offline, f"--batch {c.batch} is more than the buffer holds, --capacity {c.capacity}")
+    file, earlier = pathlib.Path(c.save_data or "episodes").absolute(), pathlib.Path(c.out, "config.json")
+    require(file.parent.is_dir() and not file.is_dir(), f"cannot write {c.save_data}: it is a folder, or its folder does not exist")
+    require(not (new and c.out and earlier.exists()), f"--out {c.out} holds an earlier run; name another folder, or --resume it")
 
 
 def tiny_tokenizer(texts):
@@ -547,56 +525,131 @@ def tiny_tokenizer(texts):
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.Sequence([words, to_bytes]), tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=2048, initial_alphabet=to_bytes.alphabet(), special_tokens=[end], show_progress=False))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=end, pad_token=end, model_max_length=256, truncation_side="left")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, truncation_side="left")
 
 
-def load(model_class, name):
-    """A pretrained model and its tokenizer, from the hub or a folder."""
-    try:
+def load(option, name, model_class, encoder):
+    """A pretrained model, in float32, and its tokenizer, from the hub or a folder. What cannot work here is found at once: in an
+    encoder a token sees the next one, in a causal language model it must not."""
+    with explained(f"cannot use --{option} {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
-        return model_class.from_pretrained(name, trust_remote_code=False), tokenizer
-    except (OSError, ValueError) as error:
-        fail(f"cannot load a model and its tokenizer from {name!r}: {str(error).splitlines()[0]}")
+        model = model_class.from_pretrained(name, trust_remote_code=False).float().eval()
+        first, second = model(input_ids=torch.tensor([[3, 4], [3, 5]]), **{} if encoder else {"logits_to_keep": 2})[0][:, 0]
+    require(torch.allclose(first, second, atol=1e-4) != encoder, f"--{option} {name} must be {'an encoder' if encoder else 'a causal model'}")
+    there = tokenizer.pad_token if encoder else len(tokenizer.encode("\n", add_special_tokens=False)) == 1
+    require(there, f"the tokenizer of {name} has no token for {'padding' if encoder else 'a newline, which ends an utterance here'}")
+    return model, tokenizer
+
+
+def lean(model, half, again):
+    """half: matrix products in bfloat16, weights and losses stay in float32. again: what the backward pass needs is computed there
+    once more in place of being kept, with the same gradient. It is the class that changes, so that copies of the model do the same."""
+    kind = type(model)
+
+    def forward(self, *args, **named):
+        call = functools.partial(torch.utils.checkpoint.checkpoint, kind.forward, use_reentrant=False)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            return (call if again and torch.is_grad_enabled() else kind.forward)(self, *args, **named)
+
+    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+
+
+adam = functools.partial(torch.optim.Adam, fused=torch.cuda.is_available() or None)  # on a GPU all of a step in one kernel
 
 
 def build(c, texts):
-    """Actor and critic on the best device: by name where the settings name one, else tiny and new. ReLU and wide initial
-    weights let networks of this size learn from few examples."""
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """Actor and critic on their device: by name where the settings name one, else tiny and new. ReLU and wide initial weights let
+    networks of this size learn from few examples."""
+    with explained(f"cannot use --device {c.device}"):
+        device = torch.zeros(1, device=c.device).device
+    half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    torch.set_float32_matmul_precision("high" if half else "highest")  # TF32 for what is not in bfloat16
     tokenizer = critic_tokenizer = tiny_tokenizer(texts)
     if c.actor:
-        model, tokenizer = load(transformers.AutoModelForCausalLM, c.actor)
-        if len(tokenizer.encode("\n", add_special_tokens=False)) != 1:
-            fail(f"the tokenizer of {c.actor!r} has no token for a newline, which ends an utterance here")
+        model, tokenizer = load("actor", c.actor, transformers.AutoModelForCausalLM, encoder=False)
     else:
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64,
             n_layer=2, n_head=4, activation_function="relu", initializer_range=0.2, bos_token_id=0, eos_token_id=0))
     if c.critic:
-        encoder, critic_tokenizer = load(transformers.AutoModel, c.critic)
+        encoder, critic_tokenizer = load("critic", c.critic, transformers.AutoModel, encoder=True)
     else:
         encoder = transformers.RobertaModel(transformers.RobertaConfig(vocab_size=len(critic_tokenizer), max_position_embeddings=258,
             num_hidden_layers=1, hidden_size=64, num_attention_heads=4, intermediate_size=256, hidden_act="relu", initializer_range=0.2,
             pad_token_id=0))
-    return Actor(model, tokenizer, c.utterance_tokens).to(device), DoubleCritic(encoder, critic_tokenizer, c.head_gain).to(device)
+    for network in (model.base_model, encoder) if half or c.micro_batch else ():
+        lean(network, half, c.micro_batch > 0)
+    return (Actor(model, tokenizer, c.utterance_tokens, c.micro_batch or 64).to(device),
+            DoubleCritic(encoder, critic_tokenizer, c.head_gain, c.micro_batch or 64).to(device))
 
 
-def mean_return(episodes):
-    return sum(t.r for episode in episodes for t in episode) / len(episodes)
+mean_return = lambda episodes: sum(t.r for episode in episodes for t in episode) / len(episodes)
 
 
-def metrics_of(iteration, episodes, losses, advantages, critic, gamma):
-    """A line of metrics.jsonl. An honest critic's `value` of the first states is close to the `discounted_return`
+def metrics_of(iteration, episodes, losses, descents, critic, gamma):
+    """The numbers of an iteration. An honest critic's `value` of the first states is close to the `discounted_return`
     earned from them, or somewhat higher where play is cut: V counts what would have followed. Offline there are neither."""
-    (q_loss, v_loss), A = torch.tensor(losses).mean(0).tolist(), torch.cat(advantages) if advantages else torch.zeros(2)
-    numbers = {"iteration": iteration + 1, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std().item()}
+    (q_loss, v_loss), A = torch.stack(losses).mean(0).tolist(), torch.cat([A for _, A in descents] or [torch.zeros(2)])
+    numbers = {"iteration": iteration + 1, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std().item(),
+               "actor_loss": sum(loss.item() for loss, _ in descents) / max(1, len(descents))}
     if not episodes:
         return numbers
     with torch.no_grad():
         value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
-    discounted = sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
-    return numbers | {"return": mean_return(episodes), "turns": sum(map(len, episodes)) / len(episodes),
-                      "discounted_return": discounted, "value": value}
+    return numbers | {"return": mean_return(episodes), "turns": sum(map(len, episodes)) / len(episodes), "value": value,
+                      "discounted_return": sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)}
+
+
+class Log:
+    """A run's memory beside its networks, where its time goes, and its checkpoints: tensors and plain values."""
+
+    def __init__(self, c, actor, folder, saved):
+        self.c, self.actor, self.folder, self.saved = c, actor, folder, saved
+        self.memory = saved["memory"] if saved else {"metrics": [], "played": [], "seconds": 0.0, "utterances": 0}
+        self.began, self.marks = time.time() - self.memory["seconds"], []
+
+    def begin(self, learned, actor_losses, buffer, rng):
+        """For `train`: how to get and put back all that it changes. Puts back what was saved; returns how many iterations are done."""
+        baseline = getattr(actor_losses, "__self__", None)  # the losses are a method of it, if there is one
+        learned = [*learned, baseline, baseline.optimizer] if baseline else learned
+        ring = lambda: [[*map(tuple, buffer.ring)], buffer.next]
+        set_ring = lambda state: vars(buffer).update(ring=[Transition(*t) for t in state[0]], next=state[1])
+        self.parts = [(x.state_dict, x.load_state_dict) for x in learned] + [(x.getstate, x.setstate) for x in (rng, buffer.rng)] + [
+            (ring, set_ring), (torch.get_rng_state, torch.set_rng_state), (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)]
+        with explained(f"the checkpoint in {self.folder} belongs to another run"):
+            for (_, put), state in zip(self.parts, self.saved["parts"] if self.saved else ()):
+                put(state)
+        self.actor.utterances = self.memory["utterances"]
+        self.checkpoint()
+        self.lap("begin"), self.lap("files")
+        return len(self.memory["metrics"])
+
+    def lap(self, phase, result=None):
+        """Notes when a phase ends, and how many tokens had been said. A GPU works behind: it is waited for."""
+        torch.cuda.is_available() and torch.cuda.synchronize()
+        self.marks.append((phase, time.time(), self.actor.tokens))
+        return result
+
+    def report(self, numbers, episodes):
+        """A line of metrics.jsonl, and a checkpoint where one is due."""
+        wrong = [n for n, x in (*numbers.items(), *(("reward", t.r) for e in episodes for t in e)) if not abs(x) < float("inf")]
+        require(not wrong, f"{wrong[:1]} is not finite in iteration {numbers['iteration']}; the last good checkpoint is in {self.folder}")
+        self.lap("rest")
+        seconds = {after[0]: after[1] - before[1] for before, after in zip(self.marks, self.marks[1:])}
+        rate = (self.marks[3][2] - self.marks[1][2]) / (seconds["play"] + seconds["utterances"])
+        numbers |= {"seconds": seconds, "tokens_per_second": rate, "gpu_mib": torch.cuda.max_memory_allocated() / 2**20}
+        self.memory["metrics"], self.marks = [*self.memory["metrics"], numbers], self.marks[-1:]
+        self.memory["played"] += [[*map(tuple, e)] for e in episodes if self.c.save_data]
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.memory["metrics"]))
+        if numbers["iteration"] in (self.c.iterations, *range(0, self.c.iterations, self.c.checkpoint_every or self.c.iterations)):
+            self.checkpoint()
+        self.lap("files")
+
+    def checkpoint(self):
+        """All that is needed to go on, bit for bit."""
+        require(all(p.isfinite().all() for p in self.actor.parameters()), "the actor's weights are not finite: take a smaller learning rate")
+        self.memory |= {"seconds": time.time() - self.began, "utterances": self.actor.utterances}
+        state = {"memory": self.memory, "parts": [get() for get, _ in self.parts]}
+        write(self.folder / "checkpoint.pt", functools.partial(torch.save, state))
 
 
 def dialogue(title, episode, actor, critic):
@@ -605,11 +658,9 @@ def dialogue(title, episode, actor, critic):
     with torch.no_grad():
         (q, v), (log_p, spoken) = critic(s, a), actor.log_probs(s, token_ids)
     numbers = torch.stack([q.min(0).values, v.min(0).values, advantage(q, v), (log_p * spoken).sum(1)], 1).tolist()
-    lines = [f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n")]
-    for t, (q, v, A, log_p) in zip(episode, numbers):
-        lines.append(f"> {t.a:<24} r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}")
-        lines.append((t.s2.rstrip("\n").removeprefix(t.s.rstrip("\n")) or t.s2).rstrip("\n"))
-    return "\n".join(lines) + "\n"
+    turns = [f"> {t.a:<24} r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}\n"
+             + (t.s2.rstrip("\n").removeprefix(t.s.rstrip("\n")) or t.s2).rstrip("\n") for t, (q, v, A, log_p) in zip(episode, numbers)]
+    return "\n".join([f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n"), *turns, ""])
 
 
 def plot_curve(metrics, summary, c, path):
@@ -631,62 +682,63 @@ def plot_curve(metrics, summary, c, path):
 
 
 def table(summary):
-    """The returns of the summary, from chance to the optimum."""
+    """The returns of the summary, from chance to the optimum, and where the time went."""
     rows = {"random": "random play, exact", "start": "after the warm start, sampled", "end": "after ArCHer, sampled",
             "greedy": "after ArCHer, greedy", "optimum": "optimum, or a bound on it", "gap_closed": "gap closed, start to optimum"}
     lines = [f"{text:<32}{summary[name]:8.3f}" for name, text in rows.items() if summary[name] is not None]
+    lines += [f"{'seconds: ' + phase:<32}{seconds:8.1f}" for phase, seconds in summary["phases"].items()]
     return "\n".join(lines) + "\n{episodes} episodes, {utterances} utterances, {seconds:.0f} seconds on {device}".format(**summary)
 
 
-def prepare(c):
+def prepare(c, new=True):
     """Checks the settings and loads or makes all that they name. Returns the settings as they will be used, actor and critic
     before any training, and the episodes to begin with."""
-    check(c)
+    check(c, new)
     torch.manual_seed(c.seed)
     game, played = GAMES[c.env], []
     if c.offline:
-        played = read_episodes(c.offline, fail)
+        played = read_episodes(c.offline)
         c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, played))))
     elif c.demonstrations and hasattr(game, "demonstrations"):
         played = game.demonstrations(c.demonstrations, c.seed)
-    if not c.episodes and not any(played):
-        fail("there is nothing to learn from: no play (--episodes, --offline) and no demonstrations")
+    require(c.episodes or any(played), "there is nothing to learn from: no play (--episodes, --offline) and no demonstrations")
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
-    ids = lambda a: [*actor.tokens_of(a), actor.end]
-    return c, actor, critic, [[Transition(s, a, ids(a), r, s2, done) for s, a, r, s2, done in episode] for episode in played]
+    demonstrations = [[Transition(s, a, [*actor.tokens_of(a), actor.end], *rest) for s, a, *rest in episode] for episode in played]
+    longest = max((len(t.ids) for episode in demonstrations for t in episode), default=0)
+    require(longest <= c.utterance_tokens, f"an utterance of the demonstrations has {longest} tokens, more than --utterance-tokens")
+    require(len(actor.tokens_of(try_game(game))) <= actor.room, f"an observation has more tokens than the actor reads, {actor.room}")
+    return c, actor, critic, demonstrations
 
 
-def run(c):
-    """Warm start, train, evaluate, write everything into a folder. Returns the summary."""
-    began, metrics, (c, actor, critic, demonstrations) = time.time(), [], prepare(c)
-    game, folder, played = GAMES[c.env], make_folder(c), [*demonstrations]
-    optimum, chance = (getattr(game, name)() if hasattr(game, name) else None for name in ("optimal_return", "random_return"))
-    warm_start(actor, demonstrations, c)
+def run(c, saved=None):
+    """Warm start, train, evaluate, write everything into a folder; or go on with what a checkpoint saved. Returns the summary."""
+    c, actor, critic, demonstrations = prepare(c, new=saved is None)
+    game, folder = GAMES[c.env], pathlib.Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
+    write(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+    print(f"writing into {folder}/; if it is stopped: python archer.py --resume {folder}")
+    log, (optimum, chance) = Log(c, actor, folder, saved), [getattr(game, f"{who}_return", lambda: None)() for who in ("optimal", "random")]
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
-    before, utterances = test(1), -actor.utterances
-
-    def report(line, episodes):
-        metrics.append(line)
-        played.extend(episodes)
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-
-    train(game, actor, critic, demonstrations, c, report)
+    if not saved:
+        warm_start(actor, demonstrations, c)
+        before = test(1)
+        log.memory |= {"start": mean_return(before), "before": [*map(tuple, before[0])]}
+    train(game, actor, critic, demonstrations, c, log.report, log.begin, log.lap)
     actor.model.save_pretrained(folder / "actor")
     actor.tokenizer.save_pretrained(folder / "actor")
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1) + "\n")
     if c.save_data:
-        write_episodes(c.save_data, [[(t.s, t.a, t.r, t.s2, t.done) for t in episode] for episode in played])
-    utterances, after = utterances + actor.utterances, test(2)
-    start, end, greedy = mean_return(before), mean_return(after), mean_return(test(3, greedy=True))
+        write_episodes(c.save_data, [[(s, a, r, s2, done) for s, a, _, r, s2, done in e] for e in demonstrations + log.memory["played"]])
+    metrics, utterances, start, after = log.memory["metrics"], actor.utterances, log.memory["start"], test(2)
+    end, greedy = mean_return(after), mean_return(test(3, greedy=True))
     summary = {"game": c.env, "seed": c.seed, "random": chance, "start": start, "end": end, "greedy": greedy, "optimum": optimum,
         "gap_closed": None if optimum in (None, start) else (end - start) / (optimum - start),
-        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device), "seconds": time.time() - began}
-    titles = ("Before training, judged by the trained models", before), ("After training", after)
-    text = "\n".join(dialogue(title, e[0], actor, critic) for title, e in titles)
-    (folder / "dialogues.txt").write_text(text)
+        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device),
+        "seconds": time.time() - log.began, "phases": {p: sum(m["seconds"][p] for m in metrics) for p in (metrics or [{"seconds": ()}])[0]["seconds"]}}
+    titles = ("Before training, judged by the trained models", [Transition(*t) for t in log.memory["before"]]), ("After training", after[0])
+    text = "\n".join(dialogue(title, episode, actor, critic) for title, episode in titles)
+    write(folder / "dialogues.txt", text)
     if c.episodes and metrics:
         plot_curve(metrics, summary, c, folder / "curve.png")
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"\n{text}\n{table(summary)}\nfigure, model and the rest: {folder}/")
     return summary
 
@@ -697,8 +749,18 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("archer.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=comments[field.name])
-    parser.set_defaults(**getattr(GAMES.get(parser.parse_known_args(arguments)[0].env), "settings", {}))
-    run(Config(**vars(parser.parse_args(arguments))))
+    parser.add_argument("--preset", choices=["paper"], help="the paper's settings; its models are --actor gpt2 --critic roberta-base")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on where the run in this folder was stopped; takes no other option")
+    given, game = (known := parser.parse_known_args(arguments)[0]), GAMES.get(known.env)
+    if given.resume:
+        require(parser.parse_args(arguments) == parser.parse_args(["--resume", given.resume]), "--resume takes no other option")
+        with explained(f"cannot go on from {given.resume}"):
+            settings, file = json.loads(pathlib.Path(given.resume, "config.json").read_text()), pathlib.Path(given.resume, "checkpoint.pt")
+            c, saved = Config(**settings | {"out": given.resume}), torch.load(file, "cpu", weights_only=True) if file.exists() else {}
+        return run(c, saved)
+    require(not given.preset or hasattr(game, given.preset), f"the game {given.env} has no preset {given.preset}")
+    parser.set_defaults(**getattr(game, "settings", {}) | (getattr(game, given.preset) if given.preset else {}))
+    run(Config(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if name not in ("preset", "resume")}))
 
 
 if __name__ == "__main__":

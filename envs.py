@@ -9,25 +9,67 @@ thing, drawn uniformly; everything else follows the rules": that is enough to so
 but one that is too large, and says between what its optimum lies.
 """
 
+import contextlib
 import functools
 import itertools
 import json
+import math
 import pathlib
 import random
+import sys
+
+
+def require(condition, message):
+    """One clear line instead of a traceback; exit code 2."""
+    if not condition:
+        print(f"archer: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def explained(what):
+    """An error inside becomes one such line: what could not be done, and the first line of the reason."""
+    try:
+        yield
+    except Exception as error:
+        require(False, f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0][:120]}")
+
+
+def write(file, content):
+    """Puts a file in place whole, or not at all: whoever is killed meanwhile leaves the old one. content: text, or a function that
+    writes to the path it is given."""
+    file, draft = pathlib.Path(file), pathlib.Path(f"{file}.part")
+    with explained(f"cannot write {file}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(content) if isinstance(content, str) else content(draft)
+        draft.replace(file)
 
 
 def write_episodes(file, episodes):
     """Episodes, as `demonstrations` returns them, in JSON: a line an episode, a list of its turns, each [s, a, r, s', done]."""
-    pathlib.Path(file).write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
+    write(file, "".join(json.dumps(episode) + "\n" for episode in episodes))
 
 
-def read_episodes(file, fail):
-    """What `write_episodes` wrote, or anybody else in its format. `fail` is called with what is wrong with the file."""
-    try:
+def read_episodes(file):
+    """What `write_episodes` wrote, or anybody else in its format."""
+    with explained(f"cannot read episodes from {file}, a list of [s, a, r, s', done] a line"):
         lines = pathlib.Path(file).read_text().splitlines()
-        return [[(str(s), str(a), float(r), str(s2), bool(done)) for s, a, r, s2, done in json.loads(line)] for line in lines]
-    except (OSError, ValueError, TypeError) as error:
-        fail(f"cannot read episodes from {file}, a list of [s, a, r, s', done] a line: {error}")
+        episodes = [[(str(s), str(a), float(r), str(s2), bool(done)) for s, a, r, s2, done in json.loads(line)] for line in lines]
+        if not all(math.isfinite(r) for episode in episodes for _, _, r, _, _ in episode):
+            raise ValueError("a reward is not a number, or infinite")
+        return episodes
+
+
+def try_game(game):
+    """One turn of a game, before any work is done. Returns the first observation."""
+    with explained(f"{game.__name__} is no game: reset(seed=...) -> (observation, info), step(utterance) -> "
+                   "(observation, reward, terminated, truncated, info)"):
+        played = game()
+        s, _ = played.reset(seed=0)
+        s2, r, _, _, _ = played.step("look")
+        if not (isinstance(s, str) and isinstance(s2, str) and math.isfinite(r)):
+            raise ValueError(f"it returned {s!r}, then {s2!r} with the reward {r!r}")
+    return s
 
 
 class TextGame:
@@ -43,6 +85,11 @@ class TextGame:
     limit: int  # turns in an episode
     limit_is_part_of_task: bool  # see `step`
     settings = {}  # what the command line takes for this game in place of archer.py's defaults, each with its reason
+    paper = {  # `--preset paper`, under archer.py's names; a game of the paper's adds its own row
+        "episodes": 128, "batch": 256, "critic_steps": 50, "actor_steps": 3, "capacity": 10_000,  # table of hyper-parameters, as transcribed
+        "critic_lr": 2e-5, "actor_lr": 1e-5, "tau": 0.1, "clip": 1.0, "utterance_tokens": 32,  # released configurations
+        "warm_start_lr": 1e-4, "head_gain": 0.6,  # ours: neither says; the second is about torch's own initial weights
+    }
     skill = 0.5  # of the best demonstrator: how often it says what the best player would say
 
     def rules(self, position, hidden, utterance):
@@ -171,6 +218,7 @@ class TwentyQuestions(TextGame):
     utterances = (*facts, *guesses)
     limit = 20
     limit_is_part_of_task = True
+    paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95, "actor_lr": 1e-6}
 
     def rules(self, position, hidden, utterance):
         if self.guesses.get(utterance) == hidden:
@@ -241,6 +289,7 @@ class TwentyQuestionsFull(TwentyQuestions):
                for (question, words), (kind, names) in itertools.product(facts.items(), kinds.items()) for name in names.split()
                if {kind, name.split("/")[0]} & set(words.split())}
     settings = {"iterations": 100, "warm_start_steps": 2400}  # ten times as many words to learn to say, and when
+    paper = TwentyQuestions.paper | {"warmup_iterations": 20}
     skill = 0.9
     guesses = {f"{name}?": names.split("/")[0] for names in " ".join(kinds.values()).split() for name in names.split("/")}
     hidden_things = tuple(dict.fromkeys(guesses.values()))
@@ -310,6 +359,7 @@ class GuessMyCity(TwentyQuestions):
                for question, answers in facts.items() for reply, cities in answers.items() for city in cities.split()}
     hidden_things = tuple(dict.fromkeys(city for _, city in replies))
     skill = 0.45
+    paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95}
     guesses = {f"is the city called {city}?": city for city in hidden_things}
     utterances = (*facts, *guesses)
 
@@ -368,6 +418,7 @@ class Detective(TextGame):
     start = ("hall", False, "")  # room, has the key, name on the note
     limit = 30
     limit_is_part_of_task = False
+    paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.98}
 
     def rules(self, position, hidden, utterance):
         room, key, name = position
@@ -407,6 +458,7 @@ class WebShop(TextGame):
     The paper's WebShop has 10 turns too, shows the same, and pays from 0 to 1 for likeness to what was wanted; this shop is tiny.
     """
 
+    paper = TextGame.paper | {"episodes": 512, "warmup_iterations": 20, "gamma": 0.9}
     settings = {"iterations": 110}  # its goals are many, and what tells a good article from a fair one is a quarter of a reward
     catalogue = {  # article: (sizes, colour, kind, price)
         "alba": ("small", "red", "lamp", 15),
