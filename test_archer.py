@@ -1934,16 +1934,40 @@ def test_exercises_are_ten_and_each_has_its_stub_and_solution():
     assert [tag.partition(":")[2] for cell in cells("solution:") for tag in cell["metadata"]["tags"]] == numbers
 
 
-@pytest.mark.parametrize("n", range(1, 11))
-def test_exercise_is_solved_by_its_solution_and_not_by_its_stub(tutorial, n, capsys):
-    (stub,), (folded,) = cells(f"exercise:{n}"), cells(f"solution:{n}")
-    (solution,) = re.findall(r"<details>.*```python\n(.*?)```.*</details>", "".join(folded["source"]), re.S)
+def checked(tutorial, n, answer):
+    """What the checker of an exercise says of an answer, which stands where the reader's would."""
+    (stub,), scope = cells(f"exercise:{n}"), dict(vars(tutorial))
     *_, check = ast.parse("".join(stub["source"])).body
-    for answer, right in (("", False), (solution, True)):
-        scope = dict(vars(tutorial))
-        exec("".join(stub["source"]) + "\n" + answer, scope)
-        assert eval(ast.unparse(check), scope) is right, capsys.readouterr().out
+    exec("".join(stub["source"]) + "\n" + answer, scope)
+    return eval(ast.unparse(check), scope)
 
+
+def solution(n):
+    """The code that is folded away under an exercise."""
+    (folded,) = cells(f"solution:{n}")
+    return re.search(r"<details>.*```python\n(.*?)```.*</details>", "".join(folded["source"]), re.S)[1]
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_exercise_is_solved_by_its_solution_and_not_by_its_stub(tutorial, n):
+    assert checked(tutorial, n, solution(n)) is True and checked(tutorial, n, "") is False
+
+
+@pytest.mark.parametrize("n, right, wrong", [
+    (1, "1 - (1 - tau) ** n", "tau * n"), (1, "1 - (1 - tau) ** n", "(1 - tau) ** n"),
+    (2, " - exact[t.s][0]", ""), (2, "min(A)", "max(A)"),
+    (3, "(1 - terminated)", "(1 - terminated) * (1 - truncated)"), (3, "(1 - terminated) * ", ""),
+    (4, "-(A", "(A"), (4, "A.detach()", "A"), (4, ".sum(1)", ".mean(1)"), (4, "log_p * spoken", "log_p"),
+    (5, "(pi * Q).sum(1)", "Q.max(1)"), (5, "gamma * T", "T * 0.5"),
+    (6, "x > v", "x < v"), (6, "range(200)", "range(0)"),
+    (7, "(pi * size * A).sum() / (pi * size).sum()", "(pi * A).sum()"),
+    (8, "** k", "** 1"), (8, "argsort(q)", "argsort(-q)"),
+    (9, "A = A - A.mean()", ""), (9, "A = A - A.mean()", "A = A / A.std()"),
+    (10, "[s for s in states for _ in range(K)]", "[s for _ in range(K) for s in states]"), (10, "mean(2)", "sum(2)"), (10, ".mean(2)", "[:, :, 0]"),
+])  # fmt: skip
+def test_exercise_is_not_solved_by_a_slip(tutorial, n, right, wrong):
+    assert solution(n).count(right) == 1
+    assert checked(tutorial, n, solution(n).replace(right, wrong)) is False
 
 
 def test_rivals_have_at_most_15_lines():
