@@ -932,6 +932,20 @@ def test_a_short_run_learns(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_exact_values_are_what_long_play_earns(tutorial):
+    """V against the discounted returns of games that are hardly ever cut, Q against the step that it stands for."""
+    c, actor, _, demonstrations = archer.prepare(Config(warm_start_steps=150))
+    archer.warm_start(actor, demonstrations, c)
+    exact, long = tutorial.exact_values(actor, c.gamma), type("Long", (Detective,), {"limit": 250})
+    returns = [sum(t.r * c.gamma**k for k, t in enumerate(e)) for e in archer.rollout(long, actor, 400, random.Random(0))]
+    V, _ = exact["Welcome. Hall: nothing\n"]
+    assert abs(statistics.mean(returns) - V) < 4 * statistics.stdev(returns) / 20 and V > 1
+    for s, a, r, s2 in (("Done. Study: nothing\n", "take key", 1, "Taken. Study: key\n"), ("Done. Hall: key\n", "go up", 0, "No. Hall: key\n")):
+        assert exact[s][1][a] == pytest.approx(r + c.gamma * exact[s2][0])
+    V, Q = exact["Taken. Cellar: key, note on cook\n"]
+    assert (Q["accuse cook"], Q["accuse butler"]) == (7, 0) and Q["sing"] == Q["nonsense"] == pytest.approx(Q["go north"])
+
+
 def test_exact_advantage_is_what_the_critic_learns(tutorial):
     """`exact_values` stands in the notebook, where it is drawn, too. On the actor's own fresh utterances, not the buffer's, which it has seen; after the warm-up, when the actor begins to move."""
     c, actor, critic, demonstrations = archer.prepare(Config(warm_start_steps=150))
