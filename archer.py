@@ -128,10 +128,10 @@ def tensor(numbers, device, dtype=None):
 
 def pad(rows, fill, device, left=False):
     """Lists of ids -> ids and mask, [B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
-    width = max(map(len, rows))
-    side = (lambda row, gap: gap + row) if left else (lambda row, gap: row + gap)
-    ids = tensor([side(row, [fill] * (width - len(row))) for row in rows], device)
-    return ids, tensor([side([1] * len(row), [0] * (width - len(row))) for row in rows], device)
+    width, length = max(map(len, rows)), tensor([[len(row)] for row in rows], device)
+    ids = tensor([[fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row)) for row in rows], device)
+    place = torch.arange(width, device=device)
+    return ids, (place >= width - length if left else place < length).long()
 
 
 def positions(mask):
@@ -139,9 +139,10 @@ def positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def sample(p):
-    """One index a row, with the probabilities p [B, N]: the first whose cumulated probability passes a uniform draw."""
-    cumulated = p.cumsum(1)
+def sample(p, row):
+    """For each entry of `row`, [B], an index drawn with the probabilities of that row of p, [R, N]: the first whose cumulated
+    probability passes a uniform draw."""
+    cumulated = p.cumsum(1)[row]
     draw = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, draw, right=True).squeeze(1).clamp(max=p.shape[1] - 1)
 
@@ -157,6 +158,7 @@ class Actor(nn.Module):
         (self.end,) = tokenizer.encode("\n", add_special_tokens=False)
         self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
         self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        self.text_of = functools.lru_cache(2**16)(lambda *ids: tokenizer.decode(ids).removesuffix("\n"))
 
     def encode(self, texts):
         """Token ids, a list a text. What is too long loses its beginning."""
@@ -178,8 +180,8 @@ class Actor(nn.Module):
         for _ in range(self.utterance_tokens):
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
                              past_key_values=cache, use_cache=True, logits_to_keep=1)
-            p = out.logits[:, -1].float().softmax(1)[row]
-            token = p.argmax(1) if greedy else sample(p)
+            p = out.logits[:, -1].float().softmax(1)
+            token = p.argmax(1)[row] if greedy else sample(p, row)
             for i, t in zip(talking, token.tolist()):
                 said[i].append(t)
             talking = [i for i in talking if said[i][-1] != self.end]
@@ -191,7 +193,7 @@ class Actor(nn.Module):
             cache.batch_select_indices(old)
             mask = torch.cat([mask[old], torch.ones_like(ids)], 1)
         self.utterances, self.tokens = self.utterances + len(said), self.tokens + sum(map(len, said))
-        return [text.removesuffix("\n") for text in self.tokenizer.batch_decode(said)], said
+        return [self.text_of(*ids) for ids in said], said
 
     def act_many(self, states):
         """What `act` says at any number of states, as text, in a few large batches."""
@@ -251,8 +253,8 @@ class DoubleCritic(nn.Module):
 
     def forward(self, s, a):
         """Q_1 and Q_2 of utterances at states, V_1 and V_2 of the states, [2, B] each, from their texts."""
-        e_s = self.embed(s)
-        return self.q(e_s, self.embed(a)), self.v(e_s)
+        e_s, e_a = self.embed([*s, *a]).split(len(s))
+        return self.q(e_s, e_a), self.v(e_s)
 
     def q(self, e_s, e_a):
         """Q_1(s, a) and Q_2(s, a), [2, B], from the embeddings of s and a."""
@@ -365,8 +367,8 @@ def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
     q, v = critic(s, a)
     r, done = tensor([r, done], v.device, torch.float32)
     with torch.no_grad():
-        next_v = target.v(target.embed(s2))
-        said_q, _ = target(s, utterances)
+        e_s, e_said, e_s2 = target.embed([*s, *utterances, *s2]).split(len(s))  # at once: one turn's s2 may be another's s
+        next_v, said_q = target.v(e_s2), target.q(e_s, e_said)
     return q_loss(q, r, done, next_v, gamma), loss_of_v(v, said_q)
 
 
@@ -554,7 +556,7 @@ def lean(model, half, again):
     model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
-adam = functools.partial(torch.optim.Adam, fused=torch.cuda.is_available() or None)  # on a GPU all of a step in one kernel
+adam = functools.partial(torch.optim.Adam, fused=True)  # all of a step at once
 
 
 def build(c, texts):

@@ -234,7 +234,7 @@ def test_iql_and_awr_say_nothing_and_learn_from_what_was_logged(models):
     assert gradients(actor) > 0 and gradients(critic) == 0 and actor.utterances == said
     with torch.no_grad():
         e_s = critic.embed([t.s for t in batch])
-        assert torch.equal(A, archer.advantage(critic.q(e_s, critic.embed([t.a for t in batch])), critic.v(e_s)))
+        assert torch.allclose(A, archer.advantage(critic.q(e_s, critic.embed([t.a for t in batch])), critic.v(e_s)), atol=1e-4)
 
 
 def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
@@ -258,7 +258,7 @@ def test_q_learns_through_state_and_utterance(models):
 
     critic.embed = kept
     archer.critic_loss(critic, target, some_batch(), ["go up"] * 12, 0.9)[0].backward()
-    assert len(embedded) == 2 and all(e.grad is not None and e.grad.abs().sum() > 0 for e in embedded)
+    assert all(half.abs().sum() > 0 for half in embedded[0].grad.chunk(2)) and len(embedded) == 1
 
 
 def test_heads_start_as_wide_as_they_are_told():
@@ -1066,8 +1066,8 @@ class Letters:
     def encode(self, text, add_special_tokens=False):
         return [self.letters.index(letter) for letter in text]
 
-    def batch_decode(self, rows):
-        return ["".join(self.letters[t] for t in row) for row in rows]
+    def decode(self, ids):
+        return "".join(self.letters[t] for t in ids)
 
 
 class TableModel(torch.nn.Module):
@@ -1634,7 +1634,7 @@ def test_fuzz_sample_draws_each_index_as_often_as_p_says():
         p = torch.rand(width).square() * (torch.rand(width) < 0.7)
         p[-1] += 0.1
         p, n = p / p.sum(), 20_000
-        counts = archer.sample(p.expand(n, width)).bincount(minlength=width)
+        counts = archer.sample(torch.stack([p.flip(0), p]), torch.ones(n, dtype=torch.long)).bincount(minlength=width)
         assert (counts[p == 0] == 0).all() and ((counts / n - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-6).all()
 
 
@@ -2288,24 +2288,24 @@ ZOO = [
         "as above: only the target network still holds it",
         "test_no_gradient_flows_through_a_target_or_an_advantage"),
     Bug("Q's target from the online network",
-        "next_v = target.v(target.embed(s2))",
-        "next_v = critic.v(critic.embed(s2))",
+        "next_v, said_q = target.v(e_s2),",
+        "next_v, said_q = critic.v(critic.embed(s2)),",
         "`q_loss` is restless; `value` overshoots `discounted_return`, the more so the larger the learning rate",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V's target from the online network",
-        "said_q, _ = target(s, utterances)",
-        "said_q, _ = critic(s, utterances)",
+        "target.v(e_s2), target.q(e_s, e_said)",
+        "target.v(e_s2), critic(s, utterances)[0]",
         "as above, through `v_loss`",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("V learns from the logged utterances",
-        "target(s, utterances)",
-        "target(s, a)",
+        "target.embed([*s, *utterances, *s2])",
+        "target.embed([*s, *a, *s2])",
         "`value` follows old play, not the actor's; advantages stay positive for whatever is better than the buffer, "
         "progress stalls late",
         "test_exact_eq1_and_eq2_find_the_values_of_a_policy_that_did_not_fill_the_buffer"),
     Bug("each head learns from the other's target",
-        "next_v = target.v(target.embed(s2))",
-        "next_v = target.v(target.embed(s2)).flip(0)",
+        "next_v, said_q = target.v(e_s2),",
+        "next_v, said_q = target.v(e_s2).flip(0),",
         "hard to see: the heads grow alike, and their minimum guards less",
         "test_critic_targets_come_from_the_target_network_and_from_fresh_utterances"),
     Bug("max in place of min",
@@ -2359,8 +2359,8 @@ ZOO = [
         "a good advantage also teaches the actor to recite the state: noise, worse for short utterances",
         "test_only_spoken_tokens_are_trained"),
     Bug("the end token is dropped",
-        "for text in self.tokenizer.batch_decode(said)], said",
-        "for text in self.tokenizer.batch_decode(said)], [[t for t in ids if t != self.end] for ids in said]",
+        "return [self.text_of(*ids) for ids in said], said",
+        "return [self.text_of(*ids) for ids in said], [[t for t in ids if t != self.end] for ids in said]",
         "utterances drift in length: when to stop is never trained",
         "test_exact_eq3_sampled_lies_in_its_confidence_interval"),
     Bug("the decoded text is tokenised again",
@@ -2389,8 +2389,8 @@ ZOO = [
         "flat: each utterance gets another one's advantage",
         "test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates"),
     Bug("top-k left on",
-        "p = out.logits[:, -1].float().softmax(1)[row]",
-        "z = out.logits[:, -1].float(); p = z.masked_fill(z < z.topk(min(50, z.shape[1]))[0][:, -1:], -1e9).softmax(1)[row]",
+        "p = out.logits[:, -1].float().softmax(1)",
+        "z = out.logits[:, -1].float(); p = z.masked_fill(z < z.topk(min(50, z.shape[1]))[0][:, -1:], -1e9).softmax(1)",
         "an utterance outside the first 50 tokens is never tried: the curve ends early, below the optimum",
         "test_every_token_can_be_said"),
     Bug("dropout left on in the actor",
