@@ -42,6 +42,10 @@ STATES += ["no newline"]  # the padding is a newline too: only here does the sid
 WORDS = ["go north", "accuse butler", "", "x" * 50, "猫 go"]
 
 
+HERE = pathlib.Path(archer.__file__).parent
+README = (HERE / "README.md").read_text()
+
+
 @functools.cache
 def detective_texts():
     return [s + a + "\n" + s2 for e in Detective.demonstrations(50) for s, a, _, s2, _ in e]
@@ -928,6 +932,241 @@ def test_a_short_run_learns(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Speed: the same numbers for less
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def timed_training(game, wanted=5, critic_layers=1):
+    """Trains the default models on a game and measures the last `wanted` iterations, one thread. Returns the seconds of each phase,
+    those that its models' forward and backward passes take, those of the optimizers and targets, and the states of the last one."""
+    clock, depth, marks, states = collections.Counter(), [], [], []
+
+    def timed(kind, function):
+        def call(*x, **named):
+            depth.append(kind)
+            began = time.perf_counter()
+            try:
+                return function(*x, **named)
+            finally:
+                depth.pop()
+                clock[kind] += (time.perf_counter() - began) * (not depth)
+
+        return call
+
+    def lap(phase, result=None):
+        marks.append((phase, time.perf_counter(), dict(clock)))
+        return result
+
+    c, actor, critic, demonstrations = archer.prepare(Config(env=game, warm_start_steps=400, warmup_iterations=2, iterations=6 + wanted))
+    if critic_layers > 1:
+        from transformers import RobertaConfig, RobertaModel
+        critic.encoder = RobertaModel(RobertaConfig(**critic.encoder.config.to_dict() | {"num_hidden_layers": critic_layers})).eval()
+    archer.tqdm = lambda steps, *_: steps
+    archer.warm_start(actor, demonstrations, c)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for model in (type(actor.model), type(critic.encoder), torch.nn.Sequential):
+            monkeypatch.setattr(model, "forward", timed("models", model.forward))
+        monkeypatch.setattr(torch.Tensor, "backward", timed("models", torch.Tensor.backward))
+        monkeypatch.setattr(torch.optim.Adam, "step", timed("updates", torch.optim.Adam.step))
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", timed("updates", torch.nn.utils.clip_grad_norm_))
+        monkeypatch.setattr(archer, "soft_update", timed("updates", archer.soft_update))
+        fresh = archer.fresh_utterances
+        monkeypatch.setattr(archer, "fresh_utterances", lambda actor, batches: (states.append(batches), fresh(actor, batches))[1])
+        archer.train(GAMES[game], actor, critic, demonstrations, c, lambda *_: lap("rest"), lap=lap)
+    seconds, models, updates = collections.Counter(), collections.Counter(), collections.Counter()
+    for (_, began, before), (phase, ended, after) in list(zip(marks, marks[1:]))[-5 * wanted :]:
+        seconds[phase] += ended - began
+        models[phase] += after["models"] - before["models"]
+        updates[phase] += after.get("updates", 0) - before.get("updates", 0)
+    return seconds, models, updates, actor, [t.s for batch in states[-1] for t in batch]
+
+
+def seconds_of_generate(actor, states, batch=128):
+    """What transformers' own `generate` takes for the same, a call for each minibatch; seconds an utterance."""
+    began = time.perf_counter()
+    for i in range(0, len(states), batch):
+        ids, mask = archer.pad(actor.encode(states[i : i + batch]), actor.end, "cpu", left=True)
+        actor.model.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=actor.utterance_tokens,
+                             eos_token_id=actor.end, pad_token_id=actor.end)
+    return (time.perf_counter() - began) / len(states)
+
+
+def speed(file=HERE / "assets" / "speed.jsonl"):
+    """Measures what README says of speed, with one thread, and prints its table: python test_archer.py speed"""
+    rows = []
+    for game in ("detective", "twenty_questions"):
+        seconds, models, updates, actor, states = timed_training(game)
+        began = time.perf_counter()
+        actor.act_many(states)
+        ours, theirs = (time.perf_counter() - began) / len(states), seconds_of_generate(actor, states[:1280])
+        rows.append({"game": game, "iteration": sum(seconds.values()) / 5, "critic_step": seconds["critic"] / 250, "actor_step": seconds["actor"] / 20,
+                     "critic_ratio": seconds["critic"] / models["critic"], "actor_ratio": seconds["actor"] / models["actor"],
+                     "generate_ratio": theirs / ours, "outside": 1 - sum((models + updates).values()) / sum(seconds.values())})
+    rows[-1]["critic_step_of_two_layers"] = timed_training("twenty_questions", critic_layers=2)[0]["critic"] / 250
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print("\n".join(speed_table(file)))
+
+
+def speed_table(file=HERE / "assets" / "speed.jsonl"):
+    """README's table of speed."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    tell = lambda text, key, form: f"| {text} | " + " | ".join(format(row[key], form) if key in row else "" for row in rows) + " |"
+    return ["| | " + " | ".join(f"`{row['game']}`" for row in rows) + " |", "|---|---|---|",
+            tell("seconds an iteration", "iteration", ".2f"), tell("seconds a critic step of 128", "critic_step", ".4f"),
+            tell("the same with a critic of two layers, as in the comparison below", "critic_step_of_two_layers", ".4f"),
+            tell("critic steps: time over that of the models' forward and backward passes", "critic_ratio", ".2f"),
+            tell("actor steps: the same", "actor_ratio", ".2f"),
+            tell("an utterance for Eq. 2: time of one `generate` call a minibatch over ours", "generate_ratio", ".1f"),
+            tell("share of an iteration outside models, optimizers and targets", "outside", ".0%")]
+
+
+def kept_bytes(loss):
+    """What autograd keeps for the way back from `loss()`; and the loss."""
+    kept = {}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        value = loss()
+    return sum(kept.values()), value
+
+
+def tiny_models_with(half=False, **settings):
+    torch.manual_seed(0)
+    models = archer.build(Config(**settings), detective_texts())
+    if half:
+        for model in (models[0].model.base_model, models[1].encoder):
+            archer.lean(model, half=True, again=False)
+    return models
+
+
+@pytest.mark.parametrize("step", ["reinforce", "TokenBaseline"])
+def test_micro_batches_give_the_same_gradient_and_keep_less(step):
+    """Of the actor's, the baseline's and the critic's step, whatever the rows at a time."""
+    found = []
+    for rows in (0, 5, 1):
+        actor, critic = tiny_models_with(micro_batch=rows)
+        batch, buffer, c = some_batch(32), types.SimpleNamespace(sample=lambda n: some_batch(32)), Config()
+        torch.manual_seed(1)
+        target, baseline = copy.deepcopy(critic).requires_grad_(False), archer.TokenBaseline(actor, c)
+        learner = baseline if step == "TokenBaseline" else actor
+        if learner is actor:
+            kept, loss = kept_bytes(lambda: next(archer.reinforce(actor, critic, buffer, c))[0])
+        else:
+            s, ids = [t.s for t in batch], [t.ids for t in batch]
+            kept, loss = kept_bytes(lambda: archer.baseline_loss(*baseline.log_probs(s, ids), torch.ones(32)))
+        kept_by_critic, critic_loss = kept_bytes(lambda: sum(archer.critic_loss(critic, target, batch, [t.a for t in batch[::-1]], 0.9)))
+        loss.backward(), critic_loss.backward()
+        found.append((kept + kept_by_critic, [p.grad for network in (learner, critic) for p in network.parameters()]))
+    (all_kept, whole), *parts = found
+    for kept, gradients in parts:
+        assert kept < 0.7 * all_kept
+        assert all(torch.allclose(x, y, rtol=1e-3, atol=1e-5) for x, y in zip(whole, gradients) if x is not None)
+        assert [x is None for x in whole] == [y is None for y in gradients]
+
+
+def test_half_precision_stays_inside_the_models():
+    """Close to float32 and not equal to it; weights, log-probabilities, values and gradients are float32."""
+    (actor, critic), (half_actor, half_critic) = tiny_models_with(), tiny_models_with(half=True)
+    s, said = STATES[:2] * 2, spoken_ids(actor, WORDS[:2] * 2)
+    for whole, half in ((actor.log_probs(s, said)[0], half_actor.log_probs(s, said)[0]), (critic.v(critic.embed(s)), half_critic.v(half_critic.embed(s)))):
+        assert half.dtype == torch.float32 and torch.allclose(whole, half, rtol=0.1, atol=0.3) and not torch.equal(whole, half)
+        half.sum().backward()
+    assert {p.dtype for network in (half_actor, half_critic) for p in network.parameters()} == {torch.float32}
+    assert gradients(half_actor) > 0 and gradients(half_critic) > 0
+
+
+@pytest.mark.parametrize("settings", [{"half": True}, {"micro_batch": 4}])
+def test_a_target_network_computes_with_its_own_weights_in_the_same_way(settings):
+    """A copy of a method that was wrapped on one object would go on using that object."""
+    _, critic = tiny_models_with(**settings)
+    target = copy.deepcopy(critic).requires_grad_(False)
+    assert type(target.encoder) is type(critic.encoder) and torch.equal(target.embed(STATES), critic.embed(STATES))
+    before = target.embed(STATES)
+    with torch.no_grad():
+        for p in critic.encoder.parameters():
+            p.mul_(0.5)
+    assert torch.equal(target.embed(STATES), before) and not torch.allclose(critic.embed(STATES), before)
+
+
+def test_a_lean_model_is_saved_as_what_it_is(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    actor, _ = tiny_models_with(micro_batch=4, half=True)
+    actor.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "GPT2LMHeadModel" and type(loaded.base_model).__module__.startswith("transformers.")
+    assert all(torch.equal(x, y) for x, y in zip(loaded.state_dict().values(), actor.model.state_dict().values()))
+
+
+def test_utterances_that_began_alike_are_one_row(models):
+    """The model never sees more rows than there are different beginnings, and every utterance draws for itself."""
+    actor, _ = models
+    rows, forward = [], actor.model.forward
+    actor.model.forward = lambda **inputs: (rows.append(inputs["input_ids"].shape[0]), forward(**inputs))[1]
+    states = STATES[:2] * 200
+    _, said = actor.act(states)
+    begun = [{(s, *ids[:k]) for s, ids in zip(states, said) if len(ids) > k} for k in range(len(rows))]
+    assert rows == [*map(len, begun)] and rows[0] == 2 and len({tuple(ids) for ids in said}) > 100
+    assert len(begun[1]) < sum(len(ids) > 1 for ids in said)  # something was shared
+
+
+def test_nothing_in_the_critic_loop_waits_for_a_number(models):
+    """On a GPU, asking for a number waits until all that was asked before is done. Only transformers itself looks at its masks."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                asked.append(next((f.f_code.co_filename for f in frames() if "/torch/" not in f.f_code.co_filename), ""))
+            return function(*args, **(kwargs or {}))
+
+    def frames():
+        frame = sys._getframe(3)
+        while frame:
+            yield frame
+            frame = frame.f_back
+
+    _, critic = models
+    target, optimizer = copy.deepcopy(critic).requires_grad_(False), archer.adam(critic.parameters(), 1e-3)
+    batch = some_batch()
+    with Watch():
+        loss_q, loss_v = archer.critic_loss(critic, target, batch, ["go up"] * 12, 0.9)
+        archer.descend(loss_q + loss_v, critic, optimizer, 1.0)
+        archer.soft_update(target, critic, 0.1)
+        assert not [file for file in asked if file.endswith("archer.py")]
+        loss_q.item()
+    assert asked  # the watch sees
+
+
+def save_models_of_the_papers_size(folder):
+    """GPT-2 and RoBERTa-base with random weights, and a tokenizer trained on the game. Returns the options that name them."""
+    from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaForMaskedLM
+
+    tokenizer = archer.tiny_tokenizer([s + a + "\n" for e in TwentyQuestionsFull.demonstrations(50) for s, a, *_ in e])
+    for name, model in (("actor", GPT2LMHeadModel(GPT2Config())), ("critic", RobertaForMaskedLM(RobertaConfig(
+            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, bos_token_id=0, eos_token_id=2, pad_token_id=1)))):  # fmt: skip
+        assert 124e6 < sum(p.numel() for p in model.parameters()) < 126e6
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return ["--env", "twenty_questions_full", "--preset", "paper", "--actor", str(folder / "actor"), "--critic", str(folder / "critic")]
+
+
+def test_models_of_the_papers_size_run_through_the_same_calls(tmp_path, monkeypatch):
+    """The paper's preset with less of everything, and without its checkpoints of gigabytes."""
+    monkeypatch.setattr(archer.Log, "checkpoint", lambda log: None)
+    archer.main([*save_models_of_the_papers_size(tmp_path), "--out", str(tmp_path / "run"), *("--demonstrations 20 --warm-start-steps 1 --iterations 1 --warmup-iterations 0 --episodes 2 "
+                 "--critic-steps 1 --actor-steps 1 --batch 4 --evaluation-episodes 1 --checkpoint-every 0 --micro-batch 2").split()])  # fmt: skip
+    assert json.loads((tmp_path / "run/actor/config.json").read_text())["n_embd"] == 768
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["gamma"], config["tau"], config["utterance_tokens"], config["capacity"]) == (0.95, 0.1, 32, 10_000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The critic against the exact advantage
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1703,8 +1942,6 @@ def test_100_000_steps_of_any_text_are_quick():
 # README
 # ---------------------------------------------------------------------------------------------------------------------
 
-HERE = pathlib.Path(archer.__file__).parent
-README = (HERE / "README.md").read_text()
 
 
 def test_the_game_in_readme_runs(monkeypatch, tmp_path):
@@ -2578,6 +2815,8 @@ def test_zoo_stands_in_readme():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["notebook"]:
         run_notebook(check="--check" in sys.argv)
+    elif sys.argv[1:] == ["speed"]:
+        speed()
     elif sys.argv[1:] == ["study"]:
         study()
     elif sys.argv[1:] == ["zoo"]:
