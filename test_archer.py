@@ -1,11 +1,13 @@
 """What can be proved is proved here: `pytest`. Every test builds its own small models; nothing is downloaded."""
 
 import ast
+import base64
 import collections
 import copy
 import csv
 import dataclasses
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -15,6 +17,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -1168,50 +1171,27 @@ def test_models_of_the_papers_size_run_through_the_same_calls(tmp_path, monkeypa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def exact_values(actor, gamma):
-    """{observation: (V, {utterance: Q})} of the actor's own policy in Detective, exactly: every observation is visited, the
-    actor's probability of every utterance is computed, what is left over counts as nonsense, and the linear equations of V
-    are solved. Independent of the critic, the buffer and the losses."""
-    game, said = Detective(), [*Detective.utterances, "nonsense"]
-
-    def observe(position, reply):
-        game.position, game.history = position, [("", reply)] if reply else []
-        return game.observe()
-
-    places, steps = [(game.start, "")], []
-    for place in places:  # grows while it is read
-        for u in said:
-            culprits = [place[0][2]] if place[0][2] else list(game.hidden_things)
-            for culprit in culprits:
-                position, reply, r, over = game.rules(place[0], culprit, u)
-                if not over and (position, reply) not in places:
-                    places.append((position, reply))
-                steps.append((place, u, 1 / len(culprits), r, None if over else (position, reply)))
-    P, R, T = np.zeros((len(places), len(said))), np.zeros((len(places), len(said))), np.zeros((len(places), len(said), len(places)))
-    ids = spoken_ids(actor, game.utterances)
-    for k, place in enumerate(places):
-        with torch.no_grad():
-            log_p, spoken = actor.log_probs([observe(*place)] * len(ids), ids)
-        P[k, :-1] = (log_p * spoken).sum(1).exp().double()
-    P[:, -1] = np.clip(1 - P.sum(1), 0, 1)
-    P /= P.sum(1, keepdims=True)
-    for place, u, p, r, then in steps:
-        k, j = places.index(place), said.index(u)
-        R[k, j] += p * r
-        if then:
-            T[k, j, places.index(then)] += p
-    V = np.linalg.solve(np.eye(len(places)) - gamma * np.einsum("ku,kul->kl", P, T), (P * R).sum(1))
-    Q = R + gamma * T @ V
-    return {observe(*place): (V[k], collections.defaultdict(lambda k=k: Q[k, -1], zip(said, Q[k]))) for k, place in enumerate(places)}
+def test_exact_values_are_what_long_play_earns(tutorial):
+    """V against the discounted returns of games that are hardly ever cut, Q against the step that it stands for."""
+    c, actor, _, demonstrations = archer.prepare(Config(warm_start_steps=150))
+    archer.warm_start(actor, demonstrations, c)
+    exact, long = tutorial.exact_values(actor, c.gamma), type("Long", (Detective,), {"limit": 250})
+    returns = [sum(t.r * c.gamma**k for k, t in enumerate(e)) for e in archer.rollout(long, actor, 400, random.Random(0))]
+    V, _ = exact["Welcome. Hall: nothing\n"]
+    assert abs(statistics.mean(returns) - V) < 4 * statistics.stdev(returns) / 20 and V > 1
+    for s, a, r, s2 in (("Done. Study: nothing\n", "take key", 1, "Taken. Study: key\n"), ("Done. Hall: key\n", "go up", 0, "No. Hall: key\n")):
+        assert exact[s][1][a] == pytest.approx(r + c.gamma * exact[s2][0])
+    V, Q = exact["Taken. Cellar: key, note on cook\n"]
+    assert (Q["accuse cook"], Q["accuse butler"]) == (7, 0) and Q["sing"] == Q["nonsense"] == pytest.approx(Q["go north"])
 
 
-def test_exact_advantage_is_what_the_critic_learns():
-    """On the actor's own fresh utterances, not the buffer's, which it has seen; after the warm-up, when the actor begins to move."""
+def test_exact_advantage_is_what_the_critic_learns(tutorial):
+    """`exact_values` stands in the notebook, where it is drawn, too. On the actor's own fresh utterances, not the buffer's, which it has seen; after the warm-up, when the actor begins to move."""
     c, actor, critic, demonstrations = archer.prepare(Config(warm_start_steps=150))
     archer.warm_start(actor, demonstrations, c)
     frozen = dataclasses.replace(c, iterations=c.warmup_iterations, episodes=8)
     archer.train(Detective, actor, critic, demonstrations, frozen)
-    exact = exact_values(actor, c.gamma)
+    exact = tutorial.exact_values(actor, c.gamma)
     states = [t.s for t in random.Random(0).sample([t for e in demonstrations for t in e], 600)]
     said, _ = actor.act(states)
     with torch.no_grad():
@@ -2141,12 +2121,20 @@ def collect(folders):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+TUTORIAL = HERE / "tutorial.ipynb"
+
+
+def cells(tag):
+    """The notebook's cells with that tag; if it ends in a colon, with a tag that begins so."""
+    return [cell for cell in json.loads(TUTORIAL.read_text())["cells"]
+            if any(t == tag or tag.endswith(":") and t.startswith(tag) for t in cell["metadata"].get("tags", []))]
+
+
 def notebook():
     """A module of the cells of tutorial.ipynb that are tagged `definitions`."""
     module = types.ModuleType("tutorial")
-    for cell in json.loads((HERE / "tutorial.ipynb").read_text())["cells"]:
-        if "definitions" in cell["metadata"].get("tags", []):
-            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), vars(module))
+    for cell in cells("definitions"):
+        exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), vars(module))
     return module
 
 
@@ -2155,9 +2143,138 @@ def tutorial(monkeypatch):
     monkeypatch.setattr(archer, "GAMES", dict(GAMES))  # the notebook adds a game
     return notebook()
 
+def code_cells():
+    return [cell for cell in json.loads(TUTORIAL.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def sums():
+    """What the outputs of the notebook depend on: the two files and the sources of its code cells."""
+    texts = {name: (HERE / name).read_text() for name in ("archer.py", "envs.py")} | {"code cells": "\n\n".join("".join(cell["source"]) for cell in code_cells())}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+
+def run_notebook(check=False):
+    """Executes tutorial.ipynb from top to bottom in a fresh kernel, in a folder of its own, and stops at the first error. Then the outputs,
+    the sums that they belong to and the figures are written: python test_archer.py notebook
+
+    With --check nothing is written, and more than 600 seconds are an error.
+    """
+    import nbclient  # for whoever runs the notebook this way; reading or testing it needs neither
+    import nbformat
+
+    notebook, of, began = nbformat.read(TUTORIAL, as_version=4), sums(), time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("archer.py", "envs.py"):
+            shutil.copy(HERE / name, folder)
+        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}},
+                                         record_timing=False, coalesce_streams=True)  # fmt: skip
+        client.execute()
+    seconds = round(time.time() - began)
+    print(f"tutorial.ipynb ran in {seconds} seconds")
+    if check:
+        assert seconds <= 600, "the notebook must take ten minutes at most"
+        print("1 passed, 0 failed")
+        return
+    notebook.metadata = {"archer": {**of, "seconds": seconds}, "kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
+    nbformat.write(notebook, TUTORIAL)
+    for name, image in figures():
+        (HERE / "assets" / f"{name}.png").write_bytes(image)
+
+
+def figures():
+    """(name, PNG) of every cell that is tagged figure:name."""
+    for cell in cells("figure:"):
+        (name,) = [tag.removeprefix("figure:") for tag in cell["metadata"]["tags"] if tag.startswith("figure:")]
+        (image,) = [out["data"]["image/png"] for out in cell["outputs"] if "image/png" in out.get("data", {})]
+        yield name, base64.b64decode(image)
+
+
+def test_notebook_outputs_are_of_these_files():
+    """Made by: python test_archer.py notebook"""
+    recorded = json.loads(TUTORIAL.read_text())["metadata"]["archer"]
+    assert {name: recorded[name] for name in sums()} == sums() and recorded["seconds"] <= 600
+    for name, image in figures():
+        assert (HERE / "assets" / f"{name}.png").read_bytes() == image, name
+
+
+def speaks(source):
+    """Whether the cell calls something that prints or draws, outside of definitions."""
+    top = [node for node in ast.parse(source).body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    called = [ast.unparse(node.func) for statement in top for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    return any(re.match(r"print$|show$|plot_|check_\d", name) for name in called)
+
+
+def test_notebook_ran_from_top_to_bottom():
+    """Every cell once and in order; what prints or draws has outputs, none is an error, and nothing is there that a machine or a day left."""
+    shown = code_cells()
+    assert [cell["execution_count"] for cell in shown] == list(range(1, len(shown) + 1))
+    for cell in shown:
+        assert bool(cell["outputs"]) == speaks("".join(cell["source"])), cell["source"][:3]
+        assert all(out["output_type"] in ("stream", "display_data") and out.get("name") != "stderr" for out in cell["outputs"]), cell["source"][:3]
+        assert set(cell["metadata"]) <= {"tags", "jupyter", "cellView"}
+    assert len(TUTORIAL.read_bytes()) < 1.5e6
+    assert {name for name, _ in figures()} >= {"two_problems", "critic", "credit"}
+
+
+def test_notation_of_the_notebook_is_the_notation_of_the_file():
+    """Each row: the name is a variable of the class or function it is said to be in first, and of none before it, in the order of the file."""
+    first = {}
+    for node in ast.parse(inspect.getsource(archer)).body:
+        methods = [n for n in node.body if isinstance(n, ast.FunctionDef)] if isinstance(node, ast.ClassDef) else []
+        for inside in methods or [node] * isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            named = [getattr(n, "id", getattr(n, "arg", None)) for n in ast.walk(inside) if isinstance(n, (ast.Name, ast.arg))]
+            for name in {*named, *getattr(getattr(archer, node.name), "_fields", ())} - ({"actor", "critic"} if node.name == "Config" else set()):
+                first.setdefault(name, f"{node.name}.{inside.name}" if methods else node.name)  # Config's two are names of models
+    (table,) = ["".join(cell["source"]) for cell in json.loads(TUTORIAL.read_text())["cells"] if "| paper | in the code |" in "".join(cell["source"])]
+    rows = re.findall(r"^\| .+? \| `(\w+)` \| .+? \| `([\w.]+)` \|", table, re.M)
+    assert len(rows) == table.count("\n|") - 2 >= 15 and len(dict(rows)) == len(rows)
+    assert dict(rows) == {name: first[name] for name, _ in rows}
+
+
+def test_exercises_are_ten_and_each_has_its_stub_and_solution():
+    numbers = [f"{n}" for n in range(1, 11)]
+    assert [tag.partition(":")[2] for cell in cells("exercise:") for tag in cell["metadata"]["tags"]] == numbers
+    assert [tag.partition(":")[2] for cell in cells("solution:") for tag in cell["metadata"]["tags"]] == numbers
+
+
+def checked(tutorial, n, answer):
+    """What the checker of an exercise says of an answer, which stands where the reader's would."""
+    (stub,), scope = cells(f"exercise:{n}"), dict(vars(tutorial))
+    *_, check = ast.parse("".join(stub["source"])).body
+    exec("".join(stub["source"]) + "\n" + answer, scope)
+    return eval(ast.unparse(check), scope)
+
+
+def solution(n):
+    """The code that is folded away under an exercise."""
+    (folded,) = cells(f"solution:{n}")
+    return re.search(r"<details>.*```python\n(.*?)```.*</details>", "".join(folded["source"]), re.S)[1]
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+def test_exercise_is_solved_by_its_solution_and_not_by_its_stub(tutorial, n):
+    assert checked(tutorial, n, solution(n)) is True and checked(tutorial, n, "") is False
+
+
+@pytest.mark.parametrize("n, right, wrong", [
+    (1, "1 - (1 - tau) ** n", "tau * n"), (1, "1 - (1 - tau) ** n", "(1 - tau) ** n"),
+    (2, " - exact[t.s][0]", ""), (2, "min(A)", "max(A)"),
+    (3, "(1 - terminated)", "(1 - terminated) * (1 - truncated)"), (3, "(1 - terminated) * ", ""),
+    (4, "-(A", "(A"), (4, "A.detach()", "A"), (4, ".sum(1)", ".mean(1)"), (4, "log_p * spoken", "log_p"),
+    (5, "(pi * Q).sum(1)", "Q.max(1)"), (5, "gamma * T", "T * 0.5"),
+    (6, "x > v", "x < v"), (6, "range(200)", "range(0)"),
+    (7, "(pi * size * A).sum() / (pi * size).sum()", "(pi * A).sum()"),
+    (8, "** k", "** 1"), (8, "argsort(q)", "argsort(-q)"),
+    (9, "A = A - A.mean()", ""), (9, "A = A - A.mean()", "A = A / A.std()"),
+    (10, "[s for s in states for _ in range(K)]", "[s for _ in range(K) for s in states]"), (10, "mean(2)", "sum(2)"), (10, ".mean(2)", "[:, :, 0]"),
+])  # fmt: skip
+def test_exercise_is_not_solved_by_a_slip(tutorial, n, right, wrong):
+    assert solution(n).count(right) == 1
+    assert checked(tutorial, n, solution(n).replace(right, wrong)) is False
+
 
 def test_rivals_have_at_most_15_lines():
-    source = "\n".join("".join(c["source"]) for c in json.loads((HERE / "tutorial.ipynb").read_text())["cells"] if c["cell_type"] == "code")
+    source = "\n".join("".join(cell["source"]) for cell in cells("definitions"))
     length = {node.name: node.end_lineno - node.lineno + 1 for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     names = ["best_tenth", "filtered_bc", "Reranker", "chai", "reinforce_on_returns", "generalised_advantages", "token_ppo",
              "train_with_one_critic", "with_returns", "train_with_monte_carlo_critic"]
@@ -2747,7 +2864,8 @@ def test_zoo_stands_in_readme():
     assert "\n".join(zoo_table()) in README
 
 
-COMMANDS = {"speed": speed, "study": study, "zoo": lambda: print("\n".join(zoo_table()))}
+COMMANDS = {"speed": speed, "study": study, "zoo": lambda: print("\n".join(zoo_table())), "notebook": run_notebook,
+            "notebook --check": lambda: run_notebook(check=True)}  # fmt: skip
 
 if __name__ == "__main__":
     COMMANDS.get(" ".join(sys.argv[1:]), lambda: collect(sys.argv[1:]))()
