@@ -5,6 +5,7 @@ The language model, the actor, learns token by token by policy gradient, with th
 
     python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: a minute or two
     python archer.py --env twenty_questions   another game, about three minutes
+    python archer.py --preset paper --env twenty_questions_full --actor gpt2 --critic roberta-base     on one GPU
     python archer.py --help                   every setting
 
 First half: the algorithm, in the paper's order; `train` is its Algorithm 1. Second half: the workshop (models, evaluation,

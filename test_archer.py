@@ -2848,15 +2848,20 @@ def passes_on_the_original(test):
     return True
 
 
+def mutant(bug):
+    """A module of archer.py with the bug in it."""
+    module = types.ModuleType("archer")
+    exec(compile(inspect.getsource(archer).replace(bug.original, bug.mutated), f"archer.py with {bug.name}", "exec"), vars(module))
+    return module
+
+
 @pytest.mark.parametrize("bug", ZOO, ids=lambda bug: bug.name.replace(" ", "-"))
 def test_zoo(bug, monkeypatch):
     """The line stands in archer.py exactly once; with the bug in it the named test fails, without it passes."""
-    source, mutant = inspect.getsource(archer), types.ModuleType("archer")
-    assert source.count(bug.original) == 1, "archer.py has changed: bring this bug up to date"
+    assert inspect.getsource(archer).count(bug.original) == 1, "archer.py has changed: bring this bug up to date"
     assert passes_on_the_original(bug.test)
-    exec(compile(source.replace(bug.original, bug.mutated), f"archer.py with {bug.name}", "exec"), vars(mutant))
     with pytest.raises(AssertionError):
-        against(mutant, bug.test, monkeypatch)
+        against(mutant(bug), bug.test, monkeypatch)
 
 
 def test_zoo_stands_in_readme():
@@ -2864,7 +2869,49 @@ def test_zoo_stands_in_readme():
     assert "\n".join(zoo_table()) in README
 
 
-COMMANDS = {"speed": speed, "study": study, "zoo": lambda: print("\n".join(zoo_table())), "notebook": run_notebook,
+# What the released code does otherwise, as far as it is one line here; the first is archer.py as it stands.
+TRAPS = ("none", "no position ids when scoring", "the decoded text is tokenised again", "the end token is dropped",
+         "top-k left on", "a time limit taken for an end")  # fmt: skip
+
+
+def price_of(run):
+    """(trap, seed, return before, return after) of half a default run with the trap in it."""
+    torch.set_num_threads(1)
+    trap, seed = run
+    module = archer if trap == "none" else mutant(next(bug for bug in ZOO if bug.name == trap))
+    module.tqdm = lambda steps, *_: steps
+    c, actor, critic, demonstrations = module.prepare(Config(seed=seed, iterations=30))
+    module.warm_start(actor, demonstrations, c)
+    play = lambda k: module.mean_return(module.rollout(Detective, actor, 500, random.Random(f"price {k} {seed}")))
+    before = play(0)
+    module.train(Detective, actor, critic, demonstrations, c)
+    return trap, seed, before, play(1)
+
+
+def price(file=HERE / "assets" / "price.csv"):
+    """What each trap of the released code costs in half a default run, three seeds, and README's table of it: python test_archer.py price"""
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        rows = pool.map(price_of, itertools.product(TRAPS, range(3)), chunksize=1)
+    with file.open("w") as out:
+        csv.writer(out, lineterminator="\n").writerows([("trap", "seed", "start", "end"), *((*row[:2], f"{row[2]:.3f}", f"{row[3]:.3f}") for row in rows)])
+    print("\n".join(price_table(file)))
+
+
+def price_table(file=HERE / "assets" / "price.csv"):
+    """README's table of what the released code does otherwise."""
+    lines, rows = ["| trap | return after the warm start | after 30 iterations |", "|---|---|---|"], list(csv.DictReader(file.open()))
+    for trap in TRAPS:
+        ends = [sorted(float(row[when]) for row in rows if row["trap"] == trap) for when in ("start", "end")]
+        lines.append(f"| {trap} | " + " | ".join("{1:.2f} ({0:.2f} to {2:.2f})".format(*returns) for returns in ends) + " |")
+    return lines
+
+
+def test_readme_quotes_the_price_of_the_traps():
+    """Made by: python test_archer.py price"""
+    assert "\n".join(price_table()) in README
+
+
+COMMANDS = {"speed": speed, "study": study, "price": price, "zoo": lambda: print("\n".join(zoo_table())), "notebook": run_notebook,
             "notebook --check": lambda: run_notebook(check=True)}  # fmt: skip
 
 if __name__ == "__main__":
