@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
-from envs import GAMES, explained, read_episodes, require, try_game, write, write_episodes
+from envs import GAMES, explained, finite, read_episodes, require, try_game, write, write_episodes
 
 
 @dataclasses.dataclass
@@ -509,9 +509,9 @@ def check(c, new=True):
     positive = {"warm_start_lr", "utterance_tokens", "capacity", "critic_steps", "critic_lr", "head_gain", "actor_lr", "batch", "clip",
                 "ppo_epochs", "evaluation_episodes"}
     for name, value in vars(c).items():
-        least, most = "more than 0" if name in positive else "0 or more", 1 if name in ("gamma", "tau", "expectile") else 1e300
-        possible = isinstance(value, str) or 0 < value <= most or (value == 0 and name not in positive)
-        require(possible, f"--{name.replace('_', '-')} must be {least}{', at most 1' * (most == 1)}, not {value}")
+        strict, most, kinds = name in positive, 1 if name in ("gamma", "tau", "expectile") else 1e18, (int, type(getattr(Config, name)))
+        possible = isinstance(value, kinds) and (isinstance(value, str) or 0 < value <= most or (value == 0 and not strict))
+        require(possible, f"--{name.replace('_', '-')} must be {'more than 0' if strict else '0 or more'}, at most {most:g}, not {value}")
     speaks = c.actor or c.offline or (c.demonstrations and hasattr(GAMES[c.env], "demonstrations"))
     require(speaks, "a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
     require(c.batch <= c.capacity or c.offline, f"--batch {c.batch} is more than the buffer holds, --capacity {c.capacity}")
@@ -537,7 +537,8 @@ def load(option, name, model_class, encoder):
     with explained(f"cannot use --{option} {name}"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
         model = model_class.from_pretrained(name, trust_remote_code=False).float().eval()
-        first, second = model(input_ids=torch.tensor([[3, 4], [3, 5]]), **{} if encoder else {"logits_to_keep": 2})[0][:, 0]
+        pair, _ = torch.tensor([[3, 4], [3, len(tokenizer) - 1]]), model.config.max_position_embeddings  # the model must have both
+        first, second = model(input_ids=pair, **{} if encoder else {"logits_to_keep": 2})[0][:, 0]
     require(torch.allclose(first, second, atol=1e-4) != encoder, f"--{option} {name} must be {'an encoder' if encoder else 'a causal model'}")
     there = tokenizer.pad_token if encoder else len(tokenizer.encode("\n", add_special_tokens=False)) == 1
     require(there, f"the tokenizer of {name} has no token for {'padding' if encoder else 'a newline, which ends an utterance here'}")
@@ -567,18 +568,17 @@ def build(c, texts):
         device = torch.zeros(1, device=c.device).device
     half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.set_float32_matmul_precision("high" if half else "highest")  # TF32 for what is not in bfloat16
-    tokenizer = critic_tokenizer = tiny_tokenizer(texts)
+    tiny = tokenizer = critic_tokenizer = tiny_tokenizer(texts)
     if c.actor:
         model, tokenizer = load("actor", c.actor, transformers.AutoModelForCausalLM, encoder=False)
     else:
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=64,
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tiny), n_positions=256, n_embd=64,
             n_layer=2, n_head=4, activation_function="relu", initializer_range=0.2, bos_token_id=0, eos_token_id=0))
     if c.critic:
         encoder, critic_tokenizer = load("critic", c.critic, transformers.AutoModel, encoder=True)
     else:
-        encoder = transformers.RobertaModel(transformers.RobertaConfig(vocab_size=len(critic_tokenizer), max_position_embeddings=258,
-            num_hidden_layers=1, hidden_size=64, num_attention_heads=4, intermediate_size=256, hidden_act="relu", initializer_range=0.2,
-            pad_token_id=0))
+        encoder = transformers.RobertaModel(transformers.RobertaConfig(vocab_size=len(tiny), max_position_embeddings=258, pad_token_id=0,
+            num_hidden_layers=1, hidden_size=64, num_attention_heads=4, intermediate_size=256, hidden_act="relu", initializer_range=0.2))
     for network in (model.base_model, encoder) if half or c.micro_batch else ():
         lean(network, half, c.micro_batch > 0)
     return (Actor(model, tokenizer, c.utterance_tokens, c.micro_batch or 64).to(device),
@@ -607,7 +607,7 @@ class Log:
 
     def __init__(self, c, actor, folder, saved):
         self.c, self.actor, self.folder, self.saved = c, actor, folder, saved
-        self.memory = saved["memory"] if saved else {"metrics": [], "played": [], "seconds": 0.0, "utterances": 0}
+        self.memory = {"metrics": [], "played": [], "seconds": 0.0, "utterances": 0} | (saved["memory"] if saved else {})
         self.began, self.marks = time.time() - self.memory["seconds"], []
 
     def begin(self, learned, actor_losses, buffer, rng):
@@ -622,8 +622,7 @@ class Log:
             for (_, put), state in zip(self.parts, self.saved["parts"] if self.saved else ()):
                 put(state)
         self.actor.utterances = self.memory["utterances"]
-        self.checkpoint()
-        self.lap("begin"), self.lap("files")
+        self.checkpoint(), self.lap("begin"), self.lap("files")
         return len(self.memory["metrics"])
 
     def lap(self, phase, result=None):
@@ -634,11 +633,11 @@ class Log:
 
     def report(self, numbers, episodes):
         """A line of metrics.jsonl, and a checkpoint where one is due."""
-        wrong = [n for n, x in (*numbers.items(), *(("reward", t.r) for e in episodes for t in e)) if not abs(x) < float("inf")]
-        require(not wrong, f"{wrong[:1]} is not finite in iteration {numbers['iteration']}; the last good checkpoint is in {self.folder}")
+        wrong = next((n for n, x in (*(("reward", t.r) for e in episodes for t in e), *numbers.items()) if not abs(x) < float("inf")), "")
+        require(not wrong, f"{wrong} is not finite in iteration {numbers['iteration']}; the last good checkpoint is in {self.folder}")
         self.lap("rest")
         seconds = {after[0]: after[1] - before[1] for before, after in zip(self.marks, self.marks[1:])}
-        rate = (self.marks[3][2] - self.marks[1][2]) / (seconds["play"] + seconds["utterances"])
+        rate = (self.marks[3][2] - self.marks[1][2]) / (seconds["play"] + seconds["utterances"] + 1e-9)
         numbers |= {"seconds": seconds, "tokens_per_second": rate, "gpu_mib": torch.cuda.max_memory_allocated() / 2**20}
         self.memory["metrics"], self.marks = [*self.memory["metrics"], numbers], self.marks[-1:]
         self.memory["played"] += [[*map(tuple, e)] for e in episodes if self.c.save_data]
@@ -649,9 +648,10 @@ class Log:
 
     def checkpoint(self):
         """All that is needed to go on, bit for bit."""
-        require(all(p.isfinite().all() for p in self.actor.parameters()), "the actor's weights are not finite: take a smaller learning rate")
         self.memory |= {"seconds": time.time() - self.began, "utterances": self.actor.utterances}
         state = {"memory": self.memory, "parts": [get() for get, _ in self.parts]}
+        finite = all(x.isfinite().all() for weights in state["parts"][:3] for x in weights.values())
+        require(finite, f"the weights are not finite: take a smaller learning rate; a good checkpoint is in {self.folder}, if there is one")
         write(self.folder / "checkpoint.pt", functools.partial(torch.save, state))
 
 
@@ -681,7 +681,7 @@ def plot_curve(metrics, summary, c, path):
         axes.axvspan(0, c.warmup_iterations * c.episodes, color="0.92", label="critic only")
         axes.set(xlabel="episodes played", ylabel="discounted return" if axes is right else "return of an episode", title=title)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def table(summary):
@@ -709,7 +709,7 @@ def prepare(c, new=True):
     demonstrations = [[Transition(s, a, [*actor.tokens_of(a), actor.end], *rest) for s, a, *rest in episode] for episode in played]
     longest = max((len(t.ids) for episode in demonstrations for t in episode), default=0)
     require(longest <= c.utterance_tokens, f"an utterance of the demonstrations has {longest} tokens, more than --utterance-tokens")
-    require(len(actor.tokens_of(try_game(game))) <= actor.room, f"an observation has more tokens than the actor reads, {actor.room}")
+    require(len(actor.tokens_of(try_game(game))) <= actor.room, f"an observation has more tokens than --utterance-tokens leave: {actor.room}")
     return c, actor, critic, demonstrations
 
 
@@ -717,30 +717,29 @@ def run(c, saved=None):
     """Warm start, train, evaluate, write everything into a folder; or go on with what a checkpoint saved. Returns the summary."""
     c, actor, critic, demonstrations = prepare(c, new=saved is None)
     game, folder = GAMES[c.env], pathlib.Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
-    write(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+    saved is None and write(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1) + "\n")
     print(f"writing into {folder}/; if it is stopped: python archer.py --resume {folder}")
     log, (optimum, chance) = Log(c, actor, folder, saved), [getattr(game, f"{who}_return", lambda: None)() for who in ("optimal", "random")]
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
     if not saved:
         warm_start(actor, demonstrations, c)
         before = test(1)
-        log.memory |= {"start": mean_return(before), "before": [*map(tuple, before[0])]}
+        log.memory |= {"start": finite(mean_return(before)), "before": [*map(tuple, before[0])]}
     train(game, actor, critic, demonstrations, c, log.report, log.begin, log.lap)
-    actor.model.save_pretrained(folder / "actor")
-    actor.tokenizer.save_pretrained(folder / "actor")
+    with explained(f"cannot write {folder}/actor"):
+        actor.model.save_pretrained(folder / "actor"), actor.tokenizer.save_pretrained(folder / "actor")
     if c.save_data:
         write_episodes(c.save_data, [[(s, a, r, s2, done) for s, a, _, r, s2, done in e] for e in demonstrations + log.memory["played"]])
     metrics, utterances, start, after = log.memory["metrics"], actor.utterances, log.memory["start"], test(2)
-    end, greedy = mean_return(after), mean_return(test(3, greedy=True))
+    end, greedy = finite(mean_return(after)), finite(mean_return(test(3, greedy=True)))
     summary = {"game": c.env, "seed": c.seed, "random": chance, "start": start, "end": end, "greedy": greedy, "optimum": optimum,
-        "gap_closed": None if optimum in (None, start) else (end - start) / (optimum - start),
-        "episodes": c.iterations * c.episodes, "utterances": utterances, "device": str(actor.model.device),
-        "seconds": time.time() - log.began, "phases": {p: sum(m["seconds"][p] for m in metrics) for p in (metrics or [{"seconds": ()}])[0]["seconds"]}}
+        "gap_closed": None if optimum in (None, start) else (end - start) / (optimum - start), "episodes": c.iterations * c.episodes,
+        "utterances": utterances, "device": str(actor.model.device), "seconds": time.time() - log.began,
+        "phases": {p: sum(m["seconds"][p] for m in metrics) for p in (metrics[0]["seconds"] if metrics else ())}}
     titles = ("Before training, judged by the trained models", [Transition(*t) for t in log.memory["before"]]), ("After training", after[0])
     text = "\n".join(dialogue(title, episode, actor, critic) for title, episode in titles)
     write(folder / "dialogues.txt", text)
-    if c.episodes and metrics:
-        plot_curve(metrics, summary, c, folder / "curve.png")
+    c.episodes and metrics and write(folder / "curve.png", functools.partial(plot_curve, metrics, summary, c))
     write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"\n{text}\n{table(summary)}\nfigure, model and the rest: {folder}/")
     return summary
@@ -757,9 +756,9 @@ def main(arguments=None):
     given, game = (known := parser.parse_known_args(arguments)[0]), GAMES.get(known.env)
     if given.resume:
         require(parser.parse_args(arguments) == parser.parse_args(["--resume", given.resume]), "--resume takes no other option")
-        with explained(f"cannot go on from {given.resume}"):
+        with explained(f"cannot go on from {given.resume}, by its config.json and checkpoint.pt (without the latter it begins again)"):
             settings, file = json.loads(pathlib.Path(given.resume, "config.json").read_text()), pathlib.Path(given.resume, "checkpoint.pt")
-            c, saved = Config(**settings | {"out": given.resume}), torch.load(file, "cpu", weights_only=True) if file.exists() else {}
+            c, saved = Config(**settings | {"out": given.resume}), {**torch.load(file, "cpu", weights_only=True)} if file.exists() else {}
         return run(c, saved)
     require(not given.preset or hasattr(game, given.preset), f"the game {given.env} has no preset {given.preset}")
     parser.set_defaults(**getattr(game, "settings", {}) | (getattr(game, given.preset) if given.preset else {}))

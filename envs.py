@@ -16,23 +16,31 @@ import json
 import math
 import pathlib
 import random
+import re
 import sys
 
 
 def require(condition, message):
     """One clear line instead of a traceback; exit code 2."""
     if not condition:
-        print(f"archer: {message}", file=sys.stderr)
+        print(f"\narcher: {message}", file=sys.stderr)  # on a line of its own, whatever bar of progress there is
         raise SystemExit(2)
+
+
+def finite(returns):
+    """The mean return of an evaluation, if it is a number."""
+    require(math.isfinite(returns), "in an evaluation the game paid a reward that is not finite")
+    return returns
 
 
 @contextlib.contextmanager
 def explained(what):
-    """An error inside becomes one such line: what could not be done, and the first line of the reason."""
+    """An error inside becomes one such line: what could not be done, and the first sentence of the reason."""
     try:
         yield
     except Exception as error:
-        require(False, f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0][:120]}")
+        reason = re.split(r"\n|(?<=\w)\. ", str(error).strip() or type(error).__name__)[0]
+        require(False, f"{what}: {reason[:120]}")
 
 
 def write(file, content):

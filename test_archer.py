@@ -3,6 +3,7 @@
 import ast
 import base64
 import collections
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -18,6 +19,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,9 @@ import typing
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import archer
 from archer import Config, ReplayBuffer, Transition
@@ -876,25 +880,6 @@ def test_a_game_with_nothing_but_reset_and_step_can_be_trained_on(small_run, tmp
     assert json.loads((tmp_path / "summary.json").read_text())["optimum"] is None
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--env", "chess"], ["--actor", "no/such/folder"], ["--critic", "no/such/folder"], ["--gamma", "1.5"], ["--tau", "-1"],
-    ["--episodes", "-1"], ["--batch", "-3"], ["--batch", "0"], ["--clip", "0"], ["--demonstrations", "0"],
-    ["--out", "{run}"], ["--actor-lr", "nan"], ["--seed", "x"], ["--out", "{run}/summary.json"],
-    ["--actor-loss", "sft"], ["--critic-loss", "mc"], ["--expectile", "2"], ["--ppo-epochs", "0"],
-    ["--offline", "no/such/file"], ["--offline", "{run}/config.json"], ["--save-data", "no/such/folder/file"],
-    ["--offline", "/dev/null"], ["--episodes", "0", "--demonstrations", "0"], ["--save-data", "{run}"],
-])  # fmt: skip
-def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, small_run, capsys):
-    arguments = [a.format(run=small_run) for a in arguments]
-    out = [] if "--out" in arguments else ["--out", str(small_run / "never")]
-    with pytest.raises(SystemExit) as error:
-        archer.main([*SMALL, *out, *arguments])
-    assert error.value.code == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "archer" in message and "Traceback" not in message and len(message) < 250
-    assert not (small_run / "never").exists()
-
-
 def test_help_shows_every_setting_with_its_comment_and_every_setting_is_read(capsys):
     with pytest.raises(SystemExit):
         archer.main(["--help"])
@@ -1164,6 +1149,441 @@ def test_models_of_the_papers_size_run_through_the_same_calls(tmp_path, monkeypa
     assert json.loads((tmp_path / "run/actor/config.json").read_text())["n_embd"] == 768
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["gamma"], config["tau"], config["utterance_tokens"], config["capacity"]) == (0.95, 0.1, 32, 10_000)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing is lost: checkpoints and mistakes
+# ---------------------------------------------------------------------------------------------------------------------
+
+QUICK = [*SMALL, *("--iterations 4 --critic-steps 2 --batch 8 --capacity 50 --evaluation-episodes 2 --utterance-tokens 6 "
+                   "--checkpoint-every 1 --device cpu").split()]  # fmt: skip
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Runs of half a second, without a figure, in a folder of their own."""
+    for game in (Detective, WebShop):
+        monkeypatch.setattr(game, "limit", 4)
+    monkeypatch.setattr(archer, "plot_curve", lambda *x: x[-1].touch())
+    monkeypatch.chdir(tmp_path)
+
+
+def play_on(folder, *arguments):
+    """Runs, or goes on where the folder's run was stopped. Returns its outcome."""
+    archer.main([*QUICK, *arguments, "--out", folder] if arguments or not pathlib.Path(folder).exists() else ["--resume", folder])
+    return outcome(pathlib.Path(folder))
+
+
+def checkpoint_in(folder):
+    return torch.load(pathlib.Path(folder, "checkpoint.pt"), weights_only=True)
+
+
+def iterations_in(folder):
+    return [json.loads(line)["iteration"] for line in pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def stopped_in_call(name, n, stop=KeyboardInterrupt):
+    """The n-th call of archer's function does not come back."""
+    calls, original = itertools.count(1), getattr(archer, name)
+
+    def call(*x, **named):
+        if next(calls) == n:
+            raise stop
+        return original(*x, **named)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(stop):
+        patch.setattr(archer, name, call)
+        yield
+
+
+@pytest.mark.parametrize("losses", ["reinforce", "baseline", "ppo", "awr", "awr --critic-loss iql"])
+def test_a_stopped_run_goes_on_bit_for_bit(losses, quick):
+    """With a ring that has wrapped, and what it has played saved as well. Stopped in iteration 4, with and without a checkpoint of 3.
+    In the shop what is wanted shows at once: the draws of its customers too must go on."""
+    arguments = f"--env web_shop --actor-loss {losses} --save-data data.jsonl".split()
+    expected, data = play_on("whole", *arguments), pathlib.Path("data.jsonl").read_bytes()
+    assert expected[0][0]["q_loss"] != expected[0][-1]["q_loss"] and expected[0][-1]["actor_loss"] != 0
+    for every, done in ((1, 3), (2, 2)):
+        with stopped_in_call("metrics_of", 4):
+            play_on(f"every{every}", *arguments, "--checkpoint-every", str(every))
+        pathlib.Path("data.jsonl").unlink()
+        assert len(checkpoint_in(f"every{every}")["memory"]["metrics"]) == done and iterations_in(f"every{every}") == [1, 2, 3]
+        assert play_on(f"every{every}") == expected and pathlib.Path("data.jsonl").read_bytes() == data
+
+
+def test_a_run_stopped_in_its_warm_start_begins_again_and_a_finished_one_ends_again(quick):
+    expected = play_on("whole")
+    with stopped_in_call("descend", 3):
+        play_on("early")
+    assert os.listdir("early") == ["config.json"]
+    assert play_on("early") == expected and play_on("early") == expected
+
+
+def test_a_run_that_goes_on_twice_has_every_iteration_once(quick):
+    with stopped_in_call("metrics_of", 2):
+        play_on("run", "--save-data", "data.jsonl")
+    with stopped_in_call("metrics_of", 2):
+        play_on("run")
+    assert iterations_in("run") == [1, 2] and play_on("run") and iterations_in("run") == [1, 2, 3, 4]
+    assert len(envs.read_episodes("data.jsonl")) == 20 + 4 * 4
+
+
+@pytest.mark.parametrize("every, expected", [(0, [0, 4]), (1, [0, 1, 2, 3, 4]), (3, [0, 3, 4]), (9, [0, 4])])
+def test_checkpoints_are_written_when_they_are_due(every, expected, quick, monkeypatch):
+    written, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: (written.append(len(state["memory"]["metrics"])), save(state, file)))
+    play_on("run", "--checkpoint-every", str(every))
+    assert written == expected
+
+
+def test_metrics_and_summary_tell_where_the_time_went(quick):
+    play_on("run")
+    lines = [json.loads(line) for line in pathlib.Path("run/metrics.jsonl").read_text().splitlines()]
+    summary = json.loads(pathlib.Path("run/summary.json").read_text())
+    for line in lines:
+        assert set(line["seconds"]) == {"play", "utterances", "critic", "actor", "rest", "files"} == set(summary["phases"])
+        assert min(line["seconds"].values()) >= 0 and line["tokens_per_second"] > 0 and line["gpu_mib"] == 0
+    assert 0 < sum(summary["phases"].values()) <= summary["seconds"]
+    assert summary["phases"]["play"] == pytest.approx(sum(line["seconds"]["play"] for line in lines))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing here")
+def test_twenty_kills_lose_no_more_than_an_iteration(quick):
+    """At random moments, by SIGKILL: the checkpoint is always whole, and the run ends as if nothing had been."""
+    began, expected, rng = time.time(), play_on("whole"), random.Random(0)
+    seconds, kills, progress, done, folders = time.time() - began, 0, 0, 0, map("run{}".format, itertools.count())
+    folder = next(folders)
+    while kills < 20:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1), os.dup2(1, 2)
+                play_on(folder)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        time.sleep(rng.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL), "the child could not go on"
+        kills += status == signal.SIGKILL
+        if pathlib.Path(folder, "checkpoint.pt").exists():
+            before, done = done, len(checkpoint_in(folder)["memory"]["metrics"])
+            logged = iterations_in(folder) if pathlib.Path(folder, "metrics.jsonl").exists() else []
+            assert done >= before and logged in ([*range(1, done + 1)], [*range(1, done + 2)])
+            progress += done > before
+        if pathlib.Path(folder, "summary.json").exists():
+            assert play_on(folder) == expected
+            folder, done = next(folders), 0
+    assert play_on(folder) == expected and progress > 5
+
+
+def mistake(capsys, *arguments):
+    """The one line that a mistake gets."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        archer.main([*arguments])
+    shown = capsys.readouterr().err
+    said = [line for line in shown.splitlines() if line.startswith("archer")]
+    assert error.value.code == 2 and len(said) == 1 and len(said[0]) < 250 and said[0].isprintable() and "Traceback" not in shown, shown
+    return said[0]
+
+
+def test_a_checkpoint_holds_nothing_that_runs(quick, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return pathlib.Path.touch, (pathlib.Path("ran"),)
+
+    play_on("run")
+    assert set(checkpoint_in("run")) == {"memory", "parts"} and not torch.serialization.get_unsafe_globals_in_checkpoint("run/checkpoint.pt")
+    assert not {"archer", "envs", "random"} & {getattr(kind, "__module__", "") for kind in torch.serialization.get_safe_globals()}
+    torch.save(Hostile(), "run/checkpoint.pt")
+    assert "checkpoint.pt" in mistake(capsys, "--resume", "run") and not pathlib.Path("ran").exists()
+    torch.load("run/checkpoint.pt", weights_only=False)
+    assert pathlib.Path("ran").exists()  # it would have run
+
+
+def half_a_save(state, file):
+    pathlib.Path(file).write_bytes(b"PK half of it")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(quick, capsys, monkeypatch):
+    expected, save, calls = play_on("whole"), torch.save, itertools.count()
+    monkeypatch.setattr(torch, "save", lambda *x: (half_a_save if next(calls) == 3 else save)(*x))
+    line = mistake(capsys, *QUICK, "--out", "run")
+    assert "cannot write run" in line and "No space left on device" in line
+    assert len(checkpoint_in("run")["memory"]["metrics"]) == 2 and play_on("run") == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing here")
+@pytest.mark.parametrize("bytes_left", [2_000_000, 100_000])
+def test_a_file_that_may_not_grow_gets_one_line(bytes_left, quick, capfd):
+    """The operating system refuses to write more: in the middle of a checkpoint, or soon."""
+    import resource
+
+    def limited(arguments):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
+            try:
+                archer.main(arguments)
+            except SystemExit as error:
+                os._exit(error.code)
+            finally:
+                os._exit(99)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    with stopped_in_call("metrics_of", 3):
+        play_on("run", "--save-data", "data.jsonl")
+    before = pathlib.Path("run/checkpoint.pt").read_bytes()
+    capfd.readouterr()
+    assert limited(["--resume", "run"]) == 2
+    assert "archer: cannot write run/checkpoint.pt" in capfd.readouterr().err and pathlib.Path("run/checkpoint.pt").read_bytes() == before
+    assert play_on("run")[1]["episodes"] == 16
+
+
+def test_a_model_that_cannot_be_written_gets_one_line_and_the_run_can_be_ended_later(quick, capsys, monkeypatch):
+    expected = play_on("whole")
+    for broken in ("transformers.GPT2LMHeadModel.save_pretrained", "transformers.PreTrainedTokenizerFast.save_pretrained", "archer.plot_curve"):
+        folder = broken.split(".")[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(broken, lambda *x: half_a_save({}, "half"))
+            assert "No space left on device" in mistake(capsys, *QUICK, "--out", folder)
+        assert play_on(folder) == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name, call", [("q_loss", 4), ("v_loss", 4), ("actor_loss", 1)])
+def test_a_loss_that_is_not_finite_stops_the_run(name, call, bad, quick, capsys, monkeypatch):
+    """In the second of four iterations, the first with actor steps: two critic steps and an actor step each."""
+    loss, calls = getattr(archer, name), itertools.count(1)
+    monkeypatch.setattr(archer, name, lambda *x: loss(*x) * (bad if next(calls) >= call else 1))
+    line = mistake(capsys, *QUICK, "--out", "run")
+    assert f"{name} is not finite in iteration 2" in line and "checkpoint is in run" in line
+    saved = checkpoint_in("run")
+    assert len(saved["memory"]["metrics"]) == 1 and all(x.isfinite().all() for state in saved["parts"][:3] for x in state.values())
+
+
+@pytest.mark.parametrize("kind, call, warmup", [("Actor", 7, "0"), ("DoubleCritic", 4, "9")])
+def test_weights_that_are_not_finite_are_never_saved(kind, call, warmup, quick, capsys, monkeypatch):
+    """Broken by the last step of iteration 2, when that iteration's losses have been computed; offline nothing else looks at them."""
+    calls, descend = itertools.count(1), archer.descend
+
+    def broken(loss, network, *rest):
+        descend(loss, network, *rest)
+        if type(network).__name__ == kind and next(calls) == call:
+            next(network.parameters()).data[0] = math.nan
+
+    monkeypatch.setattr(archer, "descend", broken)
+    line = mistake(capsys, *QUICK, "--episodes", "0", "--warmup-iterations", warmup, "--out", "run")
+    assert "weights are not finite" in line and "checkpoint is in run" in line
+    saved = checkpoint_in("run")
+    assert len(saved["memory"]["metrics"]) == 1 and all(x.isfinite().all() for state in saved["parts"][:3] for x in state.values())
+
+
+def test_a_warm_start_that_diverges_is_noticed(quick, capsys):
+    assert "smaller learning rate" in mistake(capsys, *QUICK, "--warm-start-lr", "1e17", "--out", "run")
+    assert os.listdir("run") == ["config.json"]
+
+
+def a_game(observation="go\n", pays=lambda: 0.0, **methods):
+    """A game of one turn that pays what it is told."""
+    step = lambda self, a: (observation, pays(), True, False, {})
+    return type("Game", (), {"reset": lambda self, seed: (observation, {}), "step": step} | methods)
+
+
+def pays_nan_after(n):
+    calls = itertools.count()
+    return a_game(pays=lambda: math.nan if next(calls) >= n else 0.0)
+
+
+@pytest.mark.parametrize("turns, where", [(1, "evaluation"), (3, "iteration 1"), (8, "iteration 2"), (19, "evaluation")])
+def test_a_game_that_pays_nan_in_the_middle_of_a_run_stops_it(turns, where, stock, quick, capsys, monkeypatch):
+    """A turn to try the game, two of the first evaluation, four an iteration, two evaluations of two."""
+    monkeypatch.setitem(GAMES, "late", pays_nan_after(turns))
+    line = mistake(capsys, *QUICK, "--env", "late", "--actor", f"{stock}/gpt2", "--out", "run")
+    assert "reward" in line and where in line and not pathlib.Path("run/summary.json").exists()
+
+
+GAMES_WITH_MISTAKES = {
+    "no_tuple": a_game(reset=lambda self, seed: "go\n"),
+    "old_gym": a_game(step=lambda self, a: ("go\n", 0.0, True, {})),
+    "no_seed": a_game(reset=lambda self: ("go\n", {})),
+    "no_step": type("Game", (), {"reset": lambda self, seed: ("go\n", {})}),
+    "pays_nan": a_game(pays=lambda: math.nan),
+    "pays_nothing": a_game(pays=lambda: None),
+    "in_bytes": a_game(b"go\n"),
+    "in_numbers": a_game(7),
+    "huge": a_game("go " * 3000),
+    "good": a_game(),
+}
+
+
+def word_tokenizer(**special):
+    """Knows six words, and no newline."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate("[PAD] [UNK] go north take key".split())}, "[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", **special)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A folder with models, runs and files, good and bad."""
+    folder = tmp_path_factory.mktemp("stock")
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.chdir(folder):
+        monkeypatch.setattr(Detective, "limit", 4)
+        monkeypatch.setattr(archer, "plot_curve", lambda *x: x[-1].touch())
+        play_on("run", "--save-data", "episodes")
+        play_on("other", "--env", "guess_my_city", "--utterance-tokens", "12", "--iterations", "1")
+    actor, critic = tiny_models()
+    tokenizer, words, padded = actor.tokenizer, word_tokenizer(), word_tokenizer(pad_token="[PAD]")
+    bert = transformers.BertConfig(vocab_size=6, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    gpt2 = transformers.GPT2Config(vocab_size=6, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    bloom = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=8, n_layer=1, n_head=2)
+    for name, model, its_tokenizer in (
+            ("gpt2", actor.model, tokenizer), ("roberta", critic.encoder, tokenizer), ("mute", actor.model, None), ("cut", actor.model, tokenizer),
+            ("no_newline", transformers.GPT2LMHeadModel(gpt2), words), ("too_few", transformers.GPT2LMHeadModel(gpt2), tokenizer),
+            ("endless", transformers.BloomForCausalLM(bloom), tokenizer), ("unpadded", transformers.BertModel(bert), words),
+            ("bert", transformers.BertModel(bert, add_pooling_layer=False), padded)):  # fmt: skip
+        model.save_pretrained(folder / name)
+        its_tokenizer and its_tokenizer.save_pretrained(folder / name)
+    os.truncate(folder / "cut/model.safetensors", 5000)
+    config, checkpoint = (folder / "run/config.json").read_text(), (folder / "run/checkpoint.pt").read_bytes()
+    for name, its_config, its_checkpoint in (
+            ("no_config", None, b""), ("broken_config", config[:50], b""), ("listed", "[]", b""), ("unknown", config.replace("gamma", "gama"), b""),
+            ("worded", config.replace("0.97", '"much"'), checkpoint), ("halved", config.replace('"iterations": 4', '"iterations": 4.5'), checkpoint),
+            ("nothing", config.replace("0.97", "null"), checkpoint), ("empty", config, b""), ("truncated", config, checkpoint[:100_000]),
+            ("of_another", config, (folder / "other/checkpoint.pt").read_bytes()), ("edited", config.replace("reinforce", "baseline"), checkpoint)):  # fmt: skip
+        (folder / name).mkdir()
+        its_config is None or (folder / name / "config.json").write_text(its_config)
+        its_checkpoint is None or (folder / name / "checkpoint.pt").write_bytes(its_checkpoint)
+    for name, state in (("plain", torch.zeros(3)), ("partless", {"memory": {}})):
+        shutil.copytree(folder / "edited", folder / name)
+        torch.save(state, folder / name / "checkpoint.pt")
+    turn = ["go\n", "go north", 0.0, "go\n", True]
+    for name, text in (("no_episodes", ""), ("prose", "Once upon a time\n"), ("short_rows", json.dumps([turn[:4]])), ("numbers", "7"),
+                       ("nan_rewards", json.dumps([[*turn[:2], math.nan, *turn[3:]]])), ("long_words", json.dumps([["go\n", "go " * 9, 0, "go\n", True]])),
+                       ("word_reward", json.dumps([[*turn[:2], "much", *turn[3:]]]))):  # fmt: skip
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+MISTAKES = [  # options, and what the line must say
+    ("--env chess", "choose from twenty_questions"),
+    ("--temperature 1", "unrecognized arguments: --temperature 1"),
+    ("--gamma", "--gamma: expected one argument"),
+    ("--seed x", "--seed: invalid int value: 'x'"),
+    ("--batch 1.5", "--batch: invalid int value: '1.5'"),
+    ("--gamma much", "--gamma: invalid float value: 'much'"),
+    ("--actor-lr nan", "--actor-lr must be more than 0"),
+    ("--critic-lr inf", "--critic-lr must be more than 0, at most"),
+    ("--seed 99999999999999999999", "--seed must be 0 or more, at most"),
+    *[(f"--{name} -1", f"--{name} must be 0 or more") for name in (
+        "seed", "checkpoint-every", "demonstrations", "iterations", "warmup-iterations", "episodes", "tau", "actor-steps", "micro-batch", "awr-beta")],
+    *[(f"--{name} 0", f"--{name} must be more than 0") for name in (
+        "batch", "clip", "ppo-epochs", "capacity", "critic-steps", "utterance-tokens", "evaluation-episodes", "actor-lr", "head-gain")],
+    *[(f"--{name} 1.5", f"--{name} must be 0 or more, at most 1, not 1.5") for name in ("gamma", "tau", "expectile")],
+    ("--actor-loss sft", "choose from reinforce, baseline, ppo, awr"),
+    ("--critic-loss mc", "choose from td, iql"),
+    ("--preset mine", "argument --preset: invalid choice: 'mine'"),
+    ("--preset paper --env good", "good has no preset paper"),
+    ("--batch 51", "--batch 51 is more than the buffer holds, --capacity 50"),
+    ("--device nonsense", "cannot use --device nonsense"),
+    pytest.param("--device cuda", "cannot use --device cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
+    # models
+    ("--actor no/such/folder", "cannot use --actor no/such/folder"),
+    ("--critic no/such/folder", "cannot use --critic no/such/folder"),
+    ("--actor gpt2-of-nobody", "cannot use --actor gpt2-of-nobody"),
+    ("--actor run/summary.json", "cannot use --actor run/summary.json"),
+    ("--actor mute", "tokenizer"),
+    ("--actor cut", "cannot use --actor cut"),
+    ("--actor roberta", "--actor roberta must be a causal model"),
+    ("--critic gpt2", "--critic gpt2 must be an encoder"),
+    ("--actor no_newline", "no token for a newline"),
+    ("--critic unpadded", "no token for padding"),
+    ("--actor too_few", "cannot use --actor too_few"),
+    ("--actor endless", "cannot use --actor endless"),
+    ("--utterance-tokens 300", "more tokens than --utterance-tokens leave: -44"),
+    ("--utterance-tokens 255", "more tokens than --utterance-tokens leave: 1"),
+    ("--utterance-tokens 1", "more than --utterance-tokens"),
+    ("--demonstrations 0", "must have some, or name a model with --actor"),
+    ("--env good", "must have some, or name a model with --actor"),
+    # games
+    *[(f"--env {name} --actor gpt2", "is no game: reset(seed=...) -> (observation, info)") for name in (
+        "no_tuple", "old_gym", "no_seed", "no_step", "pays_nan", "pays_nothing", "in_bytes", "in_numbers")],
+    ("--env huge --actor gpt2", "an observation has more tokens than --utterance-tokens leave: 250"),
+    ("--env good --actor gpt2 --episodes 0", "there is nothing to learn from"),
+    # files
+    ("--episodes 0 --demonstrations 0 --actor gpt2", "there is nothing to learn from"),
+    ("--out run", "--out run holds an earlier run; name another folder, or --resume it"),
+    ("--out episodes", "cannot write episodes/config.json"),
+    ("--out episodes/below", "cannot write episodes/below/config.json"),
+    ("--save-data run", "cannot write run: it is a folder"),
+    ("--save-data no/such/folder/file", "cannot write no/such/folder/file"),
+    ("--offline no_such_file", "No such file"),
+    ("--offline run", "cannot read episodes from run"),
+    ("--offline no_episodes", "there is nothing to learn from"),
+    *[(f"--offline {name}", f"cannot read episodes from {name}, a list of [s, a, r, s', done] a line") for name in (
+        "prose", "short_rows", "numbers", "word_reward", "nan_rewards", "gpt2/model.safetensors")],
+    ("--offline long_words", "more than --utterance-tokens"),
+    # going on
+    ("--resume", "--resume: expected one argument"),
+    ("--resume run --gamma 0.5", "--resume takes no other option"),
+    ("--resume run --preset paper", "--resume takes no other option"),
+    ("--resume run --temperature 1", "unrecognized arguments"),
+    ("--resume no_such_run", "No such file or directory: 'no_such_run/config.json'"),
+    ("--resume episodes", "cannot go on from episodes"),
+    ("--resume no_config", "No such file or directory: 'no_config/config.json'"),
+    ("--resume broken_config", "config.json"),
+    ("--resume listed", "config.json"),
+    ("--resume unknown", "gama"),
+    ("--resume worded", "--gamma must be"),
+    ("--resume halved", "--iterations must be"),
+    ("--resume nothing", "--gamma must be"),
+    *[(f"--resume {name}", "checkpoint.pt") for name in ("truncated", "empty", "plain")],
+    *[(f"--resume {name}", f"the checkpoint in {name} belongs to another run") for name in ("of_another", "edited", "partless")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options, words", MISTAKES)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(options, words, stock, quick, capsys, monkeypatch):
+    """And nothing is written, nothing lost."""
+    for name, game in GAMES_WITH_MISTAKES.items():
+        monkeypatch.setitem(GAMES, name, game)
+    for library in ("transformers.utils.hub", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{library}.HF_HUB_OFFLINE", True, raising=False)
+    monkeypatch.chdir(stock)
+    before = contents(stock)
+    started = [] if "--resume" in options else [*QUICK, "--out", "never"]
+    assert words in mistake(capsys, *started, *options.split())
+    assert contents(stock) == before
+
+
+def test_actor_and_critic_may_have_tokenizers_of_their_own_and_bert_needs_no_pooler(stock, quick):
+    assert play_on("run", "--actor", f"{stock}/gpt2", "--critic", f"{stock}/bert")[1]["episodes"] == 16
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_the_papers_preset_is_the_papers_table(name, monkeypatch):
+    """What a game sets for itself still holds, and an option overrules all."""
+    run, game = [], GAMES[name]
+    monkeypatch.setattr(archer, "run", run.append)
+    for option in ([], ["--critic-steps", "7"]):
+        archer.main(["--env", name, "--preset", "paper", *option])
+    assert set(game.paper) <= {field.name for field in dataclasses.fields(Config)}
+    assert vars(run[0]) == vars(Config(env=name)) | game.settings | game.paper and vars(run[1]) == vars(run[0]) | {"critic_steps": 7}
+    c = run[0]
+    assert (c.batch, c.critic_steps, c.actor_steps, c.capacity) == (256, 50, 3, 10_000)
+    assert (c.episodes, c.warmup_iterations, c.gamma) == {
+        "detective": (128, 10, 0.98), "twenty_questions": (128, 10, 0.95), "twenty_questions_full": (128, 20, 0.95),
+        "guess_my_city": (128, 10, 0.95), "web_shop": (512, 20, 0.9)}[name]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
