@@ -1220,9 +1220,10 @@ def test_a_run_stopped_in_its_warm_start_begins_again_and_a_finished_one_ends_ag
     assert play_on("early") == expected and play_on("early") == expected
 
 
-def test_a_run_that_goes_on_twice_has_every_iteration_once(quick):
+def test_a_run_that_goes_on_twice_has_every_iteration_once_and_one_warm_start(quick, monkeypatch):
     with stopped_in_call("metrics_of", 2):
         play_on("run", "--save-data", "data.jsonl")
+    monkeypatch.setattr(archer, "warm_start", None)
     with stopped_in_call("metrics_of", 2):
         play_on("run")
     assert iterations_in("run") == [1, 2] and play_on("run") and iterations_in("run") == [1, 2, 3, 4]
