@@ -509,7 +509,7 @@ def check(c, new=True):
     positive = {"warm_start_lr", "utterance_tokens", "capacity", "critic_steps", "critic_lr", "head_gain", "actor_lr", "batch", "clip",
                 "ppo_epochs", "evaluation_episodes"}
     for name, value in vars(c).items():
-        strict, most, kinds = name in positive, 1 if name in ("gamma", "tau", "expectile") else 1e18, (int, type(getattr(Config, name)))
+        strict, most, kinds = name in positive, 1 if name in ("gamma", "tau", "expectile") else 1e18, (int, type(getattr(type(c), name)))
         possible = isinstance(value, kinds) and (isinstance(value, str) or 0 < value <= most or (value == 0 and not strict))
         require(possible, f"--{name.replace('_', '-')} must be {'more than 0' if strict else '0 or more'}, at most {most:g}, not {value}")
     speaks = c.actor or c.offline or (c.demonstrations and hasattr(GAMES[c.env], "demonstrations"))
@@ -717,11 +717,11 @@ def run(c, saved=None):
     """Warm start, train, evaluate, write everything into a folder; or go on with what a checkpoint saved. Returns the summary."""
     c, actor, critic, demonstrations = prepare(c, new=saved is None)
     game, folder = GAMES[c.env], pathlib.Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
-    saved is None and write(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1) + "\n")
     print(f"writing into {folder}/; if it is stopped: python archer.py --resume {folder}")
     log, (optimum, chance) = Log(c, actor, folder, saved), [getattr(game, f"{who}_return", lambda: None)() for who in ("optimal", "random")]
     test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
     if not saved:
+        write(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1) + "\n")
         warm_start(actor, demonstrations, c)
         before = test(1)
         log.memory |= {"start": finite(mean_return(before)), "before": [*map(tuple, before[0])]}
