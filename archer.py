@@ -46,9 +46,9 @@ class Config:
     actor: str = ""  # causal language model, a name or a folder; empty: a tiny GPT-2 from scratch
     critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
     out: str = ""  # folder to write into; empty: a new one under runs/
-    checkpoint_every: int = 10  # iterations; 1: the most that can be lost is one, 0: there are none but before the first and after the last
+    checkpoint_every: int = 10  # iterations; 1: at most one can be lost; 0: none is written but the first and the last
 
-    demonstrations: int = 2000  # episodes of sub-optimal play, for warm start and buffer; 0: no warm start, the actor must already speak
+    demonstrations: int = 2000  # episodes of sub-optimal play: warm start, and what fits the buffer; 0: the actor must already speak
     warm_start_steps: int = 1200  # few: it says anything anywhere, and ArCHer starts from there; many: slow
     warm_start_lr: float = 4e-3  # falls to zero; large: the loss diverges, small: it babbles; a pretrained GPT-2 wants 1e-4
 
@@ -67,7 +67,7 @@ class Config:
     actor_steps: int = 4  # in an iteration; 0: only the critic learns, many: the actor leaves what the critic has seen
     actor_lr: float = 3e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
     batch: int = 128  # transitions in a step of the warm start or the critic, states in one of the actor; small: noisy, large: slow
-    micro_batch: int = 0  # texts that a model learns from at a time, the same gradient; small: little memory, slow; 0: 64, and all is kept
+    micro_batch: int = 0  # texts a model reads at a time, computed again on the way back; small: little memory, slow; 0: 64, nothing again
     clip: float = 1.0  # gradient norm, actor and critic apart; tiny: every step has the same length, huge: no clipping
 
     actor_loss: str = "reinforce"  # Eq. 3; or baseline: Eqs. 4 and 5; ppo: a clipped ratio; awr: Eq. 7, on logged utterances
@@ -123,7 +123,7 @@ def by_length(texts, size):
 
 
 def tensor(numbers, device, dtype=None):
-    """A list as a tensor on the device. Built there at once, it would wait until a GPU has done all that it was asked before."""
+    """A list as a tensor on the device. Built there at once, it would wait for all that a GPU was asked to do before."""
     return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
 
@@ -176,7 +176,7 @@ class Actor(nn.Module):
         distinct = list(dict.fromkeys(states))
         ids, mask = pad(self.encode(distinct), self.end, self.model.device, left=True)
         row_of = {state: i for i, state in enumerate(distinct)}
-        row, cache = tensor([row_of[state] for state in states], ids.device), None  # the row of each who still talks
+        row, cache = tensor([row_of[state] for state in states], ids.device), None  # row[k]: where talking[k] is in the model
         said, talking = [[] for _ in states], range(len(states))
         for _ in range(self.utterance_tokens):
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
@@ -222,7 +222,7 @@ class Actor(nn.Module):
 
 
 def value_head(width, h, gain):
-    """width-h-h-1 with ReLU. Easy to overlook: with small initial weights a head is nearly linear, and is slow to see Q as
+    """width-h-h-1 with ReLU. With weights that are small beside its biases a head is nearly linear at first, and is slow to see Q as
     more than a state's part plus an utterance's part: which utterance suits which state."""
     layers = [nn.Linear(width, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
     for layer in layers[::2]:
@@ -303,7 +303,8 @@ def expectile_loss(v, q, expectile):
 def advantage(q, v):
     """min Q - min V, [B], of [2, B] each: how much better than its usual talk is this utterance? (Sec. 3)
 
-    The lower of two heads: what one of them overrates by chance is not reinforced.
+    This is why there are two critics: what one head overrates by chance, the other seldom does, so that the lower of two is less
+    likely to send the actor after a mistake.
     """
     return q.min(0).values - v.min(0).values
 
@@ -418,9 +419,9 @@ class TokenBaseline(Actor):
 def ppo(actor, critic, buffer, c):
     """Several descents on a batch of fresh utterances: the paper allows any policy gradient over tokens as the low level."""
     s, token_ids, A = judged_batch(actor, critic, buffer, c)
-    old_log_p = actor.log_probs(s, token_ids)[0].detach()
-    for _ in range(c.ppo_epochs):
+    for k in range(c.ppo_epochs):
         log_p, spoken = actor.log_probs(s, token_ids)
+        old_log_p = log_p.detach() if k == 0 else old_log_p
         yield ppo_loss(log_p, old_log_p, spoken, A[:, None], c.ppo_clip), A
 
 
@@ -431,7 +432,8 @@ def awr(actor, critic, buffer, c):
     yield awr_loss(log_p, spoken, A, c.awr_beta), A
 
 
-# By name: what gives the function that yields the actor's losses; and the utterances that V learns from, with its loss.
+# By name: what makes, of actor and settings, the function that yields the actor's losses (one of the four has a network of its own
+# and is made of it); and the utterances that V learns from, with its loss.
 ACTOR_LOSSES = {"reinforce": lambda actor, c: reinforce, "baseline": lambda actor, c: TokenBaseline(actor, c).improve,
                 "ppo": lambda actor, c: ppo, "awr": lambda actor, c: awr}
 CRITIC_LOSSES = {"td": lambda c: (fresh_utterances, v_loss),
@@ -471,7 +473,7 @@ def train(game, actor, critic, demonstrations, c, report=lambda metrics, episode
 
     game: class with `reset` and `step`. demonstrations: episodes, as `rollout` returns them. report: called once an iteration
     with a dict of numbers and the episodes that were played. begin and lap are the workshop's: the one may put all that is learned
-    here back to where a run was stopped, and returns how many iterations that has had; the other takes the time of each phase.
+    here back to where a run was stopped, and returns how many iterations that has had; lap(phase, x) takes the time and returns x.
     """
     target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
     actor_optimizer, critic_optimizer = adam(actor.parameters(), c.actor_lr), adam(critic.parameters(), c.critic_lr)
@@ -535,10 +537,10 @@ def load(option, name, model_class, encoder):
     """A pretrained model, in float32, and its tokenizer, from the hub or a folder. What cannot work here is found at once: in an
     encoder a token sees the next one, in a causal language model it must not."""
     with explained(f"cannot use --{option} {name}"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", trust_remote_code=False)
         model = model_class.from_pretrained(name, trust_remote_code=False).float().eval()
         pair, _ = torch.tensor([[3, 4], [3, len(tokenizer) - 1]]), model.config.max_position_embeddings  # the model must have both
-        first, second = model(input_ids=pair, **{} if encoder else {"logits_to_keep": 2})[0][:, 0]
+        first, second = model(input_ids=pair, **{} if encoder else {"logits_to_keep": 2, "position_ids": pair * 0})[0][:, 0]
     require(torch.allclose(first, second, atol=1e-4) != encoder, f"--{option} {name} must be {'an encoder' if encoder else 'a causal model'}")
     there = tokenizer.pad_token if encoder else len(tokenizer.encode("\n", add_special_tokens=False)) == 1
     require(there, f"the tokenizer of {name} has no token for {'padding' if encoder else 'a newline, which ends an utterance here'}")
@@ -566,7 +568,7 @@ def build(c, texts):
     networks of this size learn from few examples."""
     with explained(f"cannot use --device {c.device}"):
         device = torch.zeros(1, device=c.device).device
-    half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    half = bool(c.actor and c.critic) and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.set_float32_matmul_precision("high" if half else "highest")  # TF32 for what is not in bfloat16
     tiny = tokenizer = critic_tokenizer = tiny_tokenizer(texts)
     if c.actor:
@@ -592,7 +594,7 @@ def metrics_of(iteration, episodes, losses, descents, critic, gamma):
     """The numbers of an iteration. An honest critic's `value` of the first states is close to the `discounted_return`
     earned from them, or somewhat higher where play is cut: V counts what would have followed. Offline there are neither."""
     (q_loss, v_loss), A = torch.stack(losses).mean(0).tolist(), torch.cat([A for _, A in descents] or [torch.zeros(2)])
-    numbers = {"iteration": iteration + 1, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std().item(),
+    numbers = {"iteration": iteration + 1, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std(correction=0).item(),
                "actor_loss": sum(loss.item() for loss, _ in descents) / max(1, len(descents))}
     if not episodes:
         return numbers
@@ -627,7 +629,7 @@ class Log:
 
     def lap(self, phase, result=None):
         """Notes when a phase ends, and how many tokens had been said. A GPU works behind: it is waited for."""
-        torch.cuda.is_available() and torch.cuda.synchronize()
+        self.actor.model.device.type == "cuda" and torch.cuda.synchronize(self.actor.model.device)
         self.marks.append((phase, time.time(), self.actor.tokens))
         return result
 
@@ -698,17 +700,17 @@ def prepare(c, new=True):
     before any training, and the episodes to begin with."""
     check(c, new)
     torch.manual_seed(c.seed)
-    game, played = GAMES[c.env], []
+    game, played, cut = GAMES[c.env], [], None
     if c.offline:
-        played = read_episodes(c.offline)
+        played, cut = read_episodes(c.offline), c.utterance_tokens  # what was cut in play has no end token
         c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, played))))
     elif c.demonstrations and hasattr(game, "demonstrations"):
         played = game.demonstrations(c.demonstrations, c.seed)
     require(c.episodes or any(played), "there is nothing to learn from: no play (--episodes, --offline) and no demonstrations")
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
-    demonstrations = [[Transition(s, a, [*actor.tokens_of(a), actor.end], *rest) for s, a, *rest in episode] for episode in played]
+    demonstrations = [[Transition(s, a, [*actor.tokens_of(a), actor.end][:cut], *rest) for s, a, *rest in e] for e in played]
     longest = max((len(t.ids) for episode in demonstrations for t in episode), default=0)
-    require(longest <= c.utterance_tokens, f"an utterance of the demonstrations has {longest} tokens, more than --utterance-tokens")
+    require(longest <= c.utterance_tokens or c.offline, f"an utterance of the demonstrations has {longest} tokens, more than --utterance-tokens")
     require(len(actor.tokens_of(try_game(game))) <= actor.room, f"an observation has more tokens than --utterance-tokens leave: {actor.room}")
     return c, actor, critic, demonstrations
 
@@ -751,7 +753,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser("archer.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=comments[field.name])
-    parser.add_argument("--preset", choices=["paper"], help="the paper's settings; its models are --actor gpt2 --critic roberta-base")
+    parser.add_argument("--preset", choices=["paper"], help="the paper's models and settings; where it is silent, its code's")
     parser.add_argument("--resume", metavar="FOLDER", help="go on where the run in this folder was stopped; takes no other option")
     given, game = (known := parser.parse_known_args(arguments)[0]), GAMES.get(known.env)
     if given.resume:

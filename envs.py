@@ -94,6 +94,7 @@ class TextGame:
     limit_is_part_of_task: bool  # see `step`
     settings = {}  # what the command line takes for this game in place of archer.py's defaults, each with its reason
     paper = {  # `--preset paper`, under archer.py's names; a game of the paper's adds its own row
+        "actor": "gpt2", "critic": "roberta-base",
         "episodes": 128, "batch": 256, "critic_steps": 50, "actor_steps": 3, "capacity": 10_000,  # table of hyper-parameters, as transcribed
         "critic_lr": 2e-5, "actor_lr": 1e-5, "tau": 0.1, "clip": 1.0, "utterance_tokens": 32,  # released configurations
         "warm_start_lr": 1e-4, "head_gain": 0.6,  # ours: neither says; the second is about torch's own initial weights

@@ -850,6 +850,12 @@ def test_what_was_saved_is_learned_from_offline_without_playing(tmp_path, monkey
     assert json.loads(config)["capacity"] == len(learned) and "return" not in json.loads(lines[-1])
 
 
+def test_an_utterance_that_was_cut_in_play_has_no_end_token_offline_either(tmp_path):
+    envs.write_episodes(tmp_path / "data.jsonl", [[("go\n", "go " * 9, 0, "go\n", False), ("go\n", "go", 0, "go\n", True)]])
+    _, actor, _, ((cut, whole),) = archer.prepare(Config(offline=str(tmp_path / "data.jsonl"), utterance_tokens=4))
+    assert len(cut.ids) == 4 and actor.end not in cut.ids and whole.ids[-1] == actor.end
+
+
 def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(small_run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -1545,7 +1551,6 @@ MISTAKES = [  # options, and what the line must say
     ("--offline no_episodes", "there is nothing to learn from"),
     *[(f"--offline {name}", f"cannot read episodes from {name}, a list of [s, a, r, s', done] a line") for name in (
         "prose", "short_rows", "numbers", "word_reward", "nan_rewards", "gpt2/model.safetensors")],
-    ("--offline long_words", "more than --utterance-tokens"),
     # going on
     ("--resume", "--resume: expected one argument"),
     ("--resume run --gamma 0.5", "--resume takes no other option"),
