@@ -710,7 +710,7 @@ def prepare(c, new=True):
     actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
     demonstrations = [[Transition(s, a, [*actor.tokens_of(a), actor.end][:cut], *rest) for s, a, *rest in e] for e in played]
     longest = max((len(t.ids) for episode in demonstrations for t in episode), default=0)
-    require(longest <= c.utterance_tokens or c.offline, f"an utterance of the demonstrations has {longest} tokens, more than --utterance-tokens")
+    require(longest <= c.utterance_tokens or c.offline, f"a demonstrated utterance has {longest} tokens, more than --utterance-tokens")
     require(len(actor.tokens_of(try_game(game))) <= actor.room, f"an observation has more tokens than --utterance-tokens leave: {actor.room}")
     return c, actor, critic, demonstrations
 
