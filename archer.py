@@ -536,7 +536,7 @@ def tiny_tokenizer(texts):
 def load(option, name, model_class, encoder):
     """A pretrained model, in float32, and its tokenizer, from the hub or a folder. What cannot work here is found at once: in an
     encoder a token sees the next one, in a causal language model it must not."""
-    with explained(f"cannot use --{option} {name}"):
+    with explained(f"cannot use --{option} {name}, model and tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", trust_remote_code=False)
         model = model_class.from_pretrained(name, trust_remote_code=False).float().eval()
         pair, _ = torch.tensor([[3, 4], [3, len(tokenizer) - 1]]), model.config.max_position_embeddings  # the model must have both
