@@ -18,14 +18,15 @@ batch, T and L count tokens, H is the encoder's width. Two rows, [2, B], are the
 import argparse
 import copy
 import dataclasses
-import functools
 import json
 import pathlib
 import random
 import re
 import time
 from collections import namedtuple
+from functools import lru_cache, partial
 
+import numpy as np
 import tokenizers
 import torch
 import transformers
@@ -122,17 +123,17 @@ def by_length(texts, size):
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def tensor(numbers, device, dtype=None):
-    """A list as a tensor on the device. Built there at once, it would wait for all that a GPU was asked to do before."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+def tensor(numbers, device, dtype="int64"):
+    """Numbers as a tensor on the device. By way of numpy, as torch takes five times as long to read a list; and not built there
+    at once, as that would wait for all that a GPU was asked to do before."""
+    return torch.from_numpy(np.array(numbers, dtype)).to(device, non_blocking=True)
 
 
 def pad(rows, fill, device, left=False):
-    """Lists of ids -> ids and mask, [B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
-    width, length = max(map(len, rows)), tensor([[len(row)] for row in rows], device)
-    ids = tensor([[fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row)) for row in rows], device)
-    place = torch.arange(width, device=device)
-    return ids, (place >= width - length if left else place < length).long()
+    """Lists of ids -> ids and mask, [2, B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
+    width = max(map(len, rows))
+    wide = lambda row, fill: [fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row))
+    return tensor([[wide(row, fill) for row in rows], [wide([1] * len(row), 0) for row in rows]], device)
 
 
 def positions(mask):
@@ -143,7 +144,7 @@ def positions(mask):
 def sample(p, row):
     """For each entry of `row`, [B], an index drawn with the probabilities of that row of p, [R, N]: the first whose cumulated
     probability passes a uniform draw."""
-    cumulated = p.cumsum(1)[row]
+    cumulated = p.cumsum(1).index_select(0, row)
     draw = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, draw, right=True).squeeze(1).clamp(max=p.shape[1] - 1)
 
@@ -158,8 +159,9 @@ class Actor(nn.Module):
         self.model, self.tokenizer, self.utterance_tokens = model.eval(), tokenizer, utterance_tokens  # eval: no dropout
         (self.end,) = tokenizer.encode("\n", add_special_tokens=False)
         self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
-        self.tokens_of = functools.lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
-        self.text_of = functools.lru_cache(2**16)(lambda *ids: tokenizer.decode(ids).removesuffix("\n"))
+        self.tokens_of = lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        utterance_of = lambda *ids: (tokenizer.decode(ids).rstrip("\n"), [*ids[: (*ids, self.end).index(self.end) + 1]])
+        self.utterance_of = lru_cache(2**16)(utterance_of)  # of the ids that were drawn: the text, and the ids up to the first end
 
     def encode(self, texts):
         """Token ids, a list a text. What is too long loses its beginning."""
@@ -173,28 +175,27 @@ class Actor(nn.Module):
         later for each distinct beginning of an utterance there: those who have said the same so far share it, until they differ
         or end. Each draws tokens of its own, so that this is exact.
         """
-        distinct = list(dict.fromkeys(states))
-        ids, mask = pad(self.encode(distinct), self.end, self.model.device, left=True)
-        row_of = {state: i for i, state in enumerate(distinct)}
-        row, cache = tensor([row_of[state] for state in states], ids.device), None  # row[k]: where talking[k] is in the model
-        said, talking = [[] for _ in states], range(len(states))
-        for _ in range(self.utterance_tokens):
+        row_of = {state: i for i, state in enumerate(dict.fromkeys(states))}
+        ids, mask = pad(self.encode(row_of), self.end, self.model.device, left=True)
+        row, cache = tensor([row_of[state] for state in states], ids.device), None  # row[i]: where talking[i] is in the model
+        talking, said = torch.arange(len(row), device=row.device), row.new_full((len(row), self.utterance_tokens), self.end)
+        for k in range(self.utterance_tokens):
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
                              past_key_values=cache, use_cache=True, logits_to_keep=1)
             p = out.logits[:, -1].float().softmax(1)
             token = p.argmax(1)[row] if greedy else sample(p, row)
-            for i, t in zip(talking, token.tolist()):
-                said[i].append(t)
-            talking = [i for i in talking if said[i][-1] != self.end]
-            if not talking:
+            said[talking, k], goes_on = token, token != self.end
+            talking = talking[goes_on]
+            if not len(talking):
                 break
             # The next rows: the distinct pairs of a row and a token. The cache copies a row once for each of its pairs.
-            pairs, row = (row * p.shape[1] + token)[token != self.end].unique(return_inverse=True)
+            pairs, row = (row * p.shape[1] + token)[goes_on].unique(return_inverse=True)
             cache, old, ids = out.past_key_values, pairs // p.shape[1], pairs[:, None] % p.shape[1]
             cache.batch_select_indices(old)
             mask = torch.cat([mask[old], torch.ones_like(ids)], 1)
-        self.utterances, self.tokens = self.utterances + len(said), self.tokens + sum(map(len, said))
-        return [self.text_of(*ids) for ids in said], said
+        texts, token_ids = zip(*[self.utterance_of(*ids) for ids in said.tolist()])
+        self.utterances, self.tokens = self.utterances + len(texts), self.tokens + sum(map(len, token_ids))
+        return texts, token_ids
 
     def act_many(self, states):
         """What `act` says at any number of states, as text, in a few large batches."""
@@ -237,8 +238,7 @@ class DoubleCritic(nn.Module):
         super().__init__()
         self.encoder, self.tokenizer, self.rows = encoder.eval(), tokenizer, rows
         h, room = encoder.config.hidden_size, min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
-        tokens_of = lambda text: tokenizer.encode(text, truncation=True, max_length=room) or [tokenizer.pad_token_id]
-        self.tokens_of = functools.lru_cache(2**16)(tokens_of)
+        self.tokens_of = lru_cache(2**16)(lambda text: tokenizer.encode(text, truncation=True, max_length=room) or [tokenizer.pad_token_id])
         self.q_heads = nn.ModuleList([value_head(2 * h, h, gain) for _ in range(2)])
         self.v_heads = nn.ModuleList([value_head(h, h, gain) for _ in range(2)])
 
@@ -250,7 +250,7 @@ class DoubleCritic(nn.Module):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
             pooled.append((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True))
         row = {text: i for i, text in enumerate(distinct)}
-        return torch.cat(pooled)[tensor([row[text] for text in texts], self.encoder.device)]
+        return torch.cat(pooled).index_select(0, tensor([row[text] for text in texts], ids.device))
 
     def forward(self, s, a):
         """Q_1 and Q_2 of utterances at states, V_1 and V_2 of the states, [2, B] each, from their texts."""
@@ -367,7 +367,7 @@ def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
     # Each head of the double critic learns from its own target; the minimum of the two is for the actor only.
     s, a, _, r, s2, done = zip(*batch)
     q, v = critic(s, a)
-    r, done = tensor([r, done], v.device, torch.float32)
+    r, done = tensor([r, done], v.device, "float32")
     with torch.no_grad():
         e_s, e_said, e_s2 = target.embed([*s, *utterances, *s2]).split(len(s))  # at once: one turn's s2 may be another's s
         next_v, said_q = target.v(e_s2), target.q(e_s, e_said)
@@ -437,7 +437,7 @@ def awr(actor, critic, buffer, c):
 ACTOR_LOSSES = {"reinforce": lambda actor, c: reinforce, "baseline": lambda actor, c: TokenBaseline(actor, c).improve,
                 "ppo": lambda actor, c: ppo, "awr": lambda actor, c: awr}
 CRITIC_LOSSES = {"td": lambda c: (fresh_utterances, v_loss),
-                 "iql": lambda c: (logged_utterances, functools.partial(expectile_loss, expectile=c.expectile))}
+                 "iql": lambda c: (logged_utterances, partial(expectile_loss, expectile=c.expectile))}
 
 
 def rollout(game, actor, episodes, rng, greedy=False):
@@ -553,14 +553,14 @@ def lean(model, half, again):
     kind = type(model)
 
     def forward(self, *args, **named):
-        call = functools.partial(torch.utils.checkpoint.checkpoint, kind.forward, use_reentrant=False)
+        call = partial(torch.utils.checkpoint.checkpoint, kind.forward, use_reentrant=False)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             return (call if again and torch.is_grad_enabled() else kind.forward)(self, *args, **named)
 
     model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
-adam = functools.partial(torch.optim.Adam, fused=True)  # all of a step at once
+adam = partial(torch.optim.Adam, fused=True)  # all of a step at once
 
 
 def build(c, texts):
@@ -570,6 +570,8 @@ def build(c, texts):
         device = torch.zeros(1, device=c.device).device
     half = bool(c.actor and c.critic) and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     torch.set_float32_matmul_precision("high" if half else "highest")  # TF32 for what is not in bfloat16
+    # Tensors this small gain little from a second thread, and wait for it wherever the cores have other work.
+    torch.set_num_threads(torch.get_num_threads() if c.actor or c.critic else 1)
     tiny = tokenizer = critic_tokenizer = tiny_tokenizer(texts)
     if c.actor:
         model, tokenizer = load("actor", c.actor, transformers.AutoModelForCausalLM, encoder=False)
@@ -654,7 +656,7 @@ class Log:
         state = {"memory": self.memory, "parts": [get() for get, _ in self.parts]}
         finite = all(x.isfinite().all() for weights in state["parts"][:3] for x in weights.values())
         require(finite, f"the weights are not finite: take a smaller learning rate; a good checkpoint is in {self.folder}, if there is one")
-        write(self.folder / "checkpoint.pt", functools.partial(torch.save, state))
+        write(self.folder / "checkpoint.pt", partial(torch.save, state))
 
 
 def dialogue(title, episode, actor, critic):
@@ -741,7 +743,7 @@ def run(c, saved=None):
     titles = ("Before training, judged by the trained models", [Transition(*t) for t in log.memory["before"]]), ("After training", after[0])
     text = "\n".join(dialogue(title, episode, actor, critic) for title, episode in titles)
     write(folder / "dialogues.txt", text)
-    c.episodes and metrics and write(folder / "curve.png", functools.partial(plot_curve, metrics, summary, c))
+    c.episodes and metrics and write(folder / "curve.png", partial(plot_curve, metrics, summary, c))
     write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(f"\n{text}\n{table(summary)}\nfigure, model and the rest: {folder}/")
     return summary

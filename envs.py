@@ -113,7 +113,7 @@ class TextGame:
         """Starts an episode. Returns (observation, info)."""
         hidden = (options or {}).get("hidden")
         self.hidden = random.Random(seed).choice(self.hidden_things) if hidden is None else hidden
-        self.belief = (self.hidden,) if self.public else self.hidden_things
+        self.possible, self.seen = (self.hidden,) if self.public else self.hidden_things, []  # for `belief`
         self.position, self.turns, self.history = self.start, 0, []
         return self.observe(), {}
 
@@ -127,13 +127,21 @@ class TextGame:
         """
         utterance = " ".join(utterance.lower().split())
         outcome = self.rules(self.position, self.hidden, utterance)
-        self.belief = tuple(h for h in self.belief if self.rules(self.position, h, utterance) == outcome)
+        self.seen.append((self.position, utterance, outcome))
         self.position, reply, reward, over = outcome
         self.turns += 1
         self.history.append((utterance, reply))
         out_of_turns = self.turns == self.limit and not over
         terminated = over or (out_of_turns and self.limit_is_part_of_task)
         return self.observe(), reward, terminated, out_of_turns and not terminated, {}
+
+    @property
+    def belief(self):
+        """The hidden things that agree with all that was seen. Only the best player asks, so that only then it is worked out."""
+        for position, utterance, outcome in self.seen:
+            self.possible = tuple(h for h in self.possible if self.rules(position, h, utterance) == outcome)
+        self.seen.clear()
+        return self.possible
 
     @classmethod
     def demonstrations(cls, episodes, seed=0):
