@@ -124,15 +124,15 @@ def by_length(texts, size):
 
 
 def tensor(numbers, device, dtype="int64"):
-    """Numbers as a tensor on the device. By way of numpy, as torch takes five times as long to read a list; and not built there
-    at once, as that would wait for all that a GPU was asked to do before."""
-    return torch.from_numpy(np.array(numbers, dtype)).to(device, non_blocking=True)
+    """Numbers as a tensor on the device, by way of numpy: torch takes five times as long to read a list. CUDA takes a copy first and
+    need not be waited for; another device might read memory that has been given back."""
+    return torch.from_numpy(np.array(numbers, dtype)).to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def pad(rows, fill, device, left=False):
     """Lists of ids -> ids and mask, [2, B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
     width = max(map(len, rows))
-    wide = lambda row, fill: [fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row))
+    wide = lambda row, blank: [blank] * (width - len(row)) + row if left else row + [blank] * (width - len(row))
     return tensor([[wide(row, fill) for row in rows], [wide([1] * len(row), 0) for row in rows]], device)
 
 
@@ -161,7 +161,7 @@ class Actor(nn.Module):
         self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
         self.tokens_of = lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
         utterance_of = lambda *ids: (tokenizer.decode(ids).rstrip("\n"), [*ids[: (*ids, self.end).index(self.end) + 1]])
-        self.utterance_of = lru_cache(2**16)(utterance_of)  # of the ids that were drawn: the text, and the ids up to the first end
+        self.utterance_of = lru_cache(2**16)(utterance_of)  # of ids, filled up with end tokens: the text, and the ids to the first end
 
     def encode(self, texts):
         """Token ids, a list a text. What is too long loses its beginning."""
@@ -171,13 +171,15 @@ class Actor(nn.Module):
     def act(self, states, greedy=False):
         """One utterance a state, in one batch, from the full softmax (top-k would sample another policy than we score).
 
-        Returns the texts, without the newline, and the sampled token ids, with it. The model has a row for each distinct state,
-        later for each distinct beginning of an utterance there: those who have said the same so far share it, until they differ
-        or end. Each draws tokens of its own, so that this is exact.
+        Returns the texts, without newlines at their end, and the sampled token ids, the end token included unless it was cut before
+        (not to be changed: who has said the same gets the same list). The model has a row for each distinct state, later for each
+        distinct beginning of an utterance there: those who have said the same so far share it, until they differ or end. Each draws
+        tokens of its own, so that this is exact.
         """
         row_of = {state: i for i, state in enumerate(dict.fromkeys(states))}
         ids, mask = pad(self.encode(row_of), self.end, self.model.device, left=True)
-        row, cache = tensor([row_of[state] for state in states], ids.device), None  # row[i]: where talking[i] is in the model
+        # Of those who have not ended yet: their rows in the model, and who they are. What all have said, filled up with end tokens.
+        row, cache = tensor([row_of[state] for state in states], ids.device), None
         talking, said = torch.arange(len(row), device=row.device), row.new_full((len(row), self.utterance_tokens), self.end)
         for k in range(self.utterance_tokens):
             out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
@@ -232,7 +234,8 @@ def value_head(width, h, gain):
 
 
 class DoubleCritic(nn.Module):
-    """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled."""
+    """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled. A text that is too
+    long is cut on the tokenizer's `truncation_side`, which should be the left."""
 
     def __init__(self, encoder, tokenizer, gain=1.4, rows=64):
         super().__init__()
@@ -247,7 +250,7 @@ class DoubleCritic(nn.Module):
         distinct, pooled = sorted(dict.fromkeys(texts), key=len), []
         for i in range(0, len(distinct), self.rows):
             ids, mask = pad([*map(self.tokens_of, distinct[i : i + self.rows])], self.tokenizer.pad_token_id, self.encoder.device)
-            hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
             pooled.append((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True))
         row = {text: i for i, text in enumerate(distinct)}
         return torch.cat(pooled).index_select(0, tensor([row[text] for text in texts], ids.device))
@@ -630,7 +633,7 @@ class Log:
         return len(self.memory["metrics"])
 
     def lap(self, phase, result=None):
-        """Notes when a phase ends, and how many tokens had been said. A GPU works behind: it is waited for."""
+        """Notes when a phase ends, and how many tokens had been said. CUDA works behind: it is waited for."""
         self.actor.model.device.type == "cuda" and torch.cuda.synchronize(self.actor.model.device)
         self.marks.append((phase, time.time(), self.actor.tokens))
         return result

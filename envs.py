@@ -5,8 +5,8 @@
     observation, reward, terminated, truncated, info = game.step("go north")
 
 A game of your own needs these two methods and no base class. The games below share `TextGame`, because each is "one hidden
-thing, drawn uniformly; everything else follows the rules": that is enough to solve them exactly by dynamic programming, all
-but one that is too large, and says between what its optimum lies.
+thing, drawn uniformly; everything else follows the rules": that is enough to solve them exactly by dynamic programming. The one
+that is too large for it says between which bounds its optimum lies.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def write(file, content):
     file, draft = pathlib.Path(file), pathlib.Path(f"{file}.part")
     with explained(f"cannot write {file}"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(content) if isinstance(content, str) else content(draft)
+        draft.write_text(content, encoding="utf-8") if isinstance(content, str) else content(draft)
         draft.replace(file)
 
 
@@ -113,7 +113,7 @@ class TextGame:
         """Starts an episode. Returns (observation, info)."""
         hidden = (options or {}).get("hidden")
         self.hidden = random.Random(seed).choice(self.hidden_things) if hidden is None else hidden
-        self.possible, self.seen = (self.hidden,) if self.public else self.hidden_things, []  # for `belief`
+        self.possible, self.seen = (self.hidden,) if self.public else self.hidden_things, []  # before what is seen, and that: `belief`
         self.position, self.turns, self.history = self.start, 0, []
         return self.observe(), {}
 
@@ -137,7 +137,7 @@ class TextGame:
 
     @property
     def belief(self):
-        """The hidden things that agree with all that was seen. Only the best player asks, so that only then it is worked out."""
+        """The hidden things that agree with all that was seen. Worked out when asked, as nobody but the best player asks."""
         for position, utterance, outcome in self.seen:
             self.possible = tuple(h for h in self.possible if self.rules(position, h, utterance) == outcome)
         self.seen.clear()

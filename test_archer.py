@@ -941,7 +941,7 @@ def test_a_short_run_learns(tmp_path):
 
 def timed_training(game, wanted=20, critic_layers=1):
     """Trains the default models on a game and measures the last `wanted` iterations, one thread. Returns the seconds of each phase,
-    those that its models take (whatever turns tensors into tensors, and the way back), those of the optimizers and targets, the actor,
+    those that its models take (their calls, heads and `per_token`, and the way back), those of the optimizers and targets, the actor,
     and the states of the last iteration."""
     clock, depth, marks, states = collections.Counter(), [], [], []
 
@@ -1021,9 +1021,9 @@ def speed_table(file=HERE / "assets" / "speed.jsonl"):
     return ["| | " + " | ".join(f"`{row['game']}`" for row in rows) + " |", "|---|---|---|",
             tell("seconds an iteration", "iteration", ".2f"), tell("seconds a critic step of 128", "critic_step", ".4f"),
             tell("the same with a critic of two layers, as in the comparison below", "critic_step_of_two_layers", ".4f"),
-            tell("critic steps: time over that of the models' forward and backward passes", "critic_ratio", ".2f"),
-            tell("actor steps: the same", "actor_ratio", ".2f"),
-            tell("an utterance for Eq. 2: time of one `generate` call a minibatch over ours", "generate_ratio", ".1f"),
+            tell("a critic step's time, over that of its models' forward and backward passes", "critic_ratio", ".2f"),
+            tell("an actor step's, the same", "actor_ratio", ".2f"),
+            tell("an utterance for Eq. 2: the time that it takes with a call of `generate` for each minibatch, over the time here", "generate_ratio", ".1f"),
             tell("share of an iteration outside models, optimizers and targets", "outside", ".0%")]
 
 
@@ -2450,6 +2450,15 @@ def test_promised_minutes_are_those_of_the_results():
     promise = dict(re.findall(r"python archer.py(.*?) {2,}.*?(a minute or two|about \w+ minutes)", archer.__doc__))
     assert promise == {"": "a minute or two", " --env twenty_questions": "about three minutes"}
     assert 45 < seconds("default") < 135 and 130 < seconds("`--env twenty_questions`") < 240
+
+
+def test_only_cuda_is_not_waited_for(monkeypatch):
+    """MPS may read the memory of a list's tensor after that has been given back."""
+    asked = {}
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking=False: asked.update({str(device): non_blocking}) or self)
+    for device in ("cpu", "mps", torch.device("mps"), torch.device("cuda", 0)):
+        assert archer.tensor([3, 1], device).tolist() == [3, 1]
+    assert asked == {"cpu": False, "mps": False, "cuda:0": True}
 
 
 def test_readme_quotes_speed():
