@@ -2452,6 +2452,15 @@ def test_promised_minutes_are_those_of_the_results():
     assert 45 < seconds("default") < 135 and 130 < seconds("`--env twenty_questions`") < 240
 
 
+def test_each_distinct_text_is_encoded_once(models):
+    _, critic = models
+    texts, encoded = [*STATES, *STATES[::-1], *WORDS, STATES[0]] * 30, []
+    critic.encoder.register_forward_pre_hook(lambda _, __, named: encoded.append(len(named["input_ids"])), with_kwargs=True)
+    e = critic.embed(texts)
+    assert sum(encoded) == len(set(texts))
+    assert torch.equal(e[: len(texts) // 30], e[-(len(texts) // 30) :]) and torch.equal(e[0], e[len(STATES) * 2 - 1])
+
+
 def test_only_cuda_is_not_waited_for(monkeypatch):
     """MPS may read the memory of a list's tensor after that has been given back."""
     asked = {}
