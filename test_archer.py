@@ -121,6 +121,19 @@ def test_greedy_speech_is_the_same_alone_and_in_company(models):
             assert actor.model(input_ids=torch.tensor([prompt + ids[:i]])).logits[0, -1].argmax() == token
 
 
+def test_who_ends_early_leaves_the_others_as_they_were(models, monkeypatch):
+    """An actor whose choice hangs on the state alone, and an end token that comes early here and late there."""
+    actor, _ = models
+    taste = torch.rand(len(actor.tokenizer), generator=torch.Generator().manual_seed(0)) ** 0.2
+    monkeypatch.setattr(archer, "sample", lambda p, row: (p * taste)[row].argmax(1))
+    speak = lambda states: [list(ids) for ids in actor.act(states)[1]]
+    whole = speak(STATES)
+    actor.end = max(set(sum(whole, [])), key=lambda token: len({ids.index(token) for ids in whole if token in ids}))
+    together = speak(STATES * 2)
+    assert len(set(map(len, together))) >= 4
+    assert together == [speak([s])[0] for s in STATES * 2]
+
+
 def test_every_token_can_be_said(models):
     """With nearly equal logits all tokens come up: no top-k, no top-p."""
     actor, _ = models
@@ -2450,6 +2463,14 @@ def test_promised_minutes_are_those_of_the_results():
     promise = dict(re.findall(r"python archer.py(.*?) {2,}.*?(a minute or two|about \w+ minutes)", archer.__doc__))
     assert promise == {"": "a minute or two", " --env twenty_questions": "about three minutes"}
     assert 45 < seconds("default") < 135 and 130 < seconds("`--env twenty_questions`") < 240
+
+
+def test_files_are_utf8_whatever_the_machine_speaks(tmp_path):
+    """What an actor babbles may hold any character; a run must not end on it."""
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import envs; envs.write({str(tmp_path / 'said.txt')!r}, chr(0x732B) + chr(0xFFFD))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=plain)
+    assert (tmp_path / "said.txt").read_bytes().decode("utf-8") == "\u732b\ufffd"
 
 
 def test_each_distinct_text_is_encoded_once(models):
