@@ -2482,6 +2482,14 @@ def test_each_distinct_text_is_encoded_once(models):
     assert torch.equal(e[: len(texts) // 30], e[-(len(texts) // 30) :]) and torch.equal(e[0], e[len(STATES) * 2 - 1])
 
 
+def test_the_heads_get_float32_whatever_the_encoder_ends_in(models):
+    _, critic = models
+    whole = critic.embed(STATES)
+    critic.encoder.register_forward_hook(lambda _, __, out: type(out)(last_hidden_state=out.last_hidden_state.bfloat16()))
+    half = critic.embed(STATES)
+    assert half.dtype == critic.v(half).dtype == torch.float32 and torch.allclose(whole, half, atol=0.05) and not torch.equal(whole, half)
+
+
 def test_only_cuda_is_not_waited_for(monkeypatch):
     """MPS may read the memory of a list's tensor after that has been given back."""
     asked = {}
