@@ -1,775 +1,839 @@
-"""ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model learns to act over many turns.
+"""ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model acts over many turns.
 
-Two learners take turns. A critic learns off-policy, from a replay buffer, what a whole utterance is worth: Eqs. 1 and 2.
-The language model, the actor, learns token by token by policy gradient, with the critic's advantage as its reward: Eq. 3.
+Two learners take turns. A critic learns off-policy, from a replay buffer, the values of whole
+utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy gradient
+whose reward is the critic's advantage (Eq. 3).
 
-    python archer.py                          the detective game, a tiny GPT-2 on two CPU cores: a minute or two
+    python archer.py                          the detective game, a tiny GPT-2, a minute on a CPU
     python archer.py --env twenty_questions   another game, about three minutes
-    python archer.py --preset paper --env twenty_questions_full --actor gpt2 --critic roberta-base     on one GPU
     python archer.py --help                   every setting
 
-First half: the algorithm, in the paper's order; `train` is its Algorithm 1. Second half: the workshop (models, evaluation,
-files, command line). On the first reading skip what Eqs. 4 to 7 and PPO bring: `reinforce` is the default. Left out: LoRA, several GPUs.
+On one GPU, with the paper's models and hyper-parameters:
 
-Letters inside a function are the paper's: s a state, a an utterance, r a reward, s2 the next state, A an advantage; B is the
-batch, T and L count tokens, H is the encoder's width. Two rows, [2, B], are the two members of a double critic.
+    python archer.py --preset paper --env twenty_questions_full
+
+The first half is the algorithm, in the paper's order; it ends with `ArCHer`, which is Algorithm 1.
+The second half is the workshop: variants (Eqs. 4 to 7, PPO), models, files, the command line.
+Left out: LoRA, several GPUs.
+
+Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
+state, A an advantage. In shapes, B is the batch, T counts the tokens of a text, L those of an
+utterance, H is the width of the encoder; [2, B] has a row for each member of the double critic.
 """
 
-import argparse
+import collections
+import contextlib
 import copy
 import dataclasses
 import json
-import pathlib
+import math
 import random
-import re
 import time
-from collections import namedtuple
 from functools import lru_cache, partial
+from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
 import transformers
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm.auto import tqdm
 
-from envs import GAMES, explained, finite, read_episodes, require, try_game, write, write_episodes
+from envs import GAMES
+
+
+def setting(default, help):
+    """A field of `Config`, with its line in `--help`."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. A comment says what it is, and what its extremes do."""
+    """Every setting: what it is, and what its extremes do."""
 
-    env: str = "detective"  # the game, a name in GAMES
-    seed: int = 0  # of everything random; on one CPU the same seed gives the same run, bit for bit
-    device: str = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"  # or another
-    actor: str = ""  # causal language model, a name or a folder; empty: a tiny GPT-2 from scratch
-    critic: str = ""  # encoder, a name or a folder; empty: a tiny RoBERTa from scratch
-    out: str = ""  # folder to write into; empty: a new one under runs/
-    checkpoint_every: int = 10  # iterations; 1: at most one can be lost; 0: none is written but the first and the last
+    env: str = setting("detective", "the game, a name in GAMES")
+    seed: int = setting(0, "of everything random; on a CPU the same seed gives the same run")
+    device: str = setting("", "cpu, cuda or mps; empty: a GPU if there is one")
+    actor: str = setting("", "causal language model, name or folder; empty: a new tiny GPT-2")
+    critic: str = setting("", "encoder, name or folder; empty: a new tiny RoBERTa")
+    out: str = setting("", "folder to write into; empty: a new one under runs/")
+    checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = 2000  # episodes of sub-optimal play: warm start, and what fits the buffer; 0: the actor must already speak
-    warm_start_steps: int = 1200  # few: it says anything anywhere, and ArCHer starts from there; many: slow
-    warm_start_lr: float = 4e-3  # falls to zero; large: the loss diverges, small: it babbles; a pretrained GPT-2 wants 1e-4
+    demonstrations: int = setting(2000, "episodes to imitate; 0: the actor must speak already")
+    warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
+    warm_start_lr: float = setting(2e-3, "falls to 0; large: blind to details, small: babble")
 
-    iterations: int = 60  # rounds of play, critic steps and actor steps; few: still rising, many: nothing new is learned
-    warmup_iterations: int = 10  # rounds without actor steps; 0: the actor believes a critic that knows nothing yet
-    episodes: int = 128  # episodes played in an iteration; few: old data rules, many: old policies are forgotten
-    utterance_tokens: int = 8  # an utterance is cut here if no newline ends it; small: half sentences, large: slow babble
-    capacity: int = 10_000  # transitions the buffer holds; small: near on-policy, large: slow to forget
+    iterations: int = setting(60, "of play and learning; few: still rising, many: nothing new")
+    warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
+    episodes: int = setting(128, "played an iteration; few: old data dominate, many: wasteful")
+    utterance_tokens: int = setting(8, "at most; small: cut sentences, large: slow babble")
+    capacity: int = setting(10_000, "transitions kept; small: on-policy, large: stale")
 
-    critic_steps: int = 50  # in an iteration; few: the actor outruns the critic, many: slow
-    critic_lr: float = 1e-3  # large: Q runs away, small: slow; a pretrained encoder wants 2e-5
-    gamma: float = 0.97  # discount a turn; 0: only the next reward counts, 1: late is as good as soon
-    head_gain: float = 1.4  # initial weights of the critic's heads; 0.6: about torch's default, nearly linear; large: restless
-    tau: float = 0.2  # soft update; 1: no target network, 0: the target never moves
+    critic_steps: int = setting(50, "few: the actor outruns the critic, many: slow")
+    critic_lr: float = setting(1e-3, "large: Q diverges, small: slow; pretrained: 2e-5")
+    gamma: float = setting(0.97, "discount a turn; 0: the next reward only, 1: no hurry")
+    tau: float = setting(0.2, "soft update; 1: no target network, 0: it never moves")
 
-    actor_steps: int = 4  # in an iteration; 0: only the critic learns, many: the actor leaves what the critic has seen
-    actor_lr: float = 3e-4  # large: collapse to nonsense; a pretrained GPT-2 wants 1e-5
-    batch: int = 128  # transitions in a step of the warm start or the critic, states in one of the actor; small: noisy, large: slow
-    micro_batch: int = 0  # texts a model reads at a time, computed again on the way back; small: little memory, slow; 0: 64, nothing again
-    clip: float = 1.0  # gradient norm, actor and critic apart; tiny: every step has the same length, huge: no clipping
+    actor_steps: int = setting(4, "an iteration; 0: critic only, many: leaves the critic's data")
+    actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
+    batch: int = setting(128, "rows of every gradient step; small: noisy, large: slow")
+    micro_batch: int = setting(0, "rows of a backward pass; small: little memory; 0: the batch")
+    clip: float = setting(1.0, "of the gradient norm; tiny: equal steps, huge: none")
 
-    actor_loss: str = "reinforce"  # Eq. 3; or baseline: Eqs. 4 and 5; ppo: a clipped ratio; awr: Eq. 7, on logged utterances
-    baseline_steps: int = 4  # of the token-level baseline, before an actor step; 0: Eq. 5 with a baseline that never learned, many: slow
-    ppo_epochs: int = 3  # descents an actor step, on the same fresh utterances; 1: Eq. 3 again, many: clipping stops most of them
-    ppo_clip: float = 0.2  # how far a token's probability ratio may go; 0: as good as one step, huge: no clipping
-    awr_beta: float = 1.0  # 0: copies whatever was logged; large: copies the best only
-    critic_loss: str = "td"  # Eqs. 1 and 2; or iql: Eqs. 1 and 6, on logged utterances: nothing is generated
-    expectile: float = 0.9  # of iql; 0.5: V is the mean of what was logged (SARSA), near 1: of its best
+    actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
+    baseline_steps: int = setting(4, "before an actor step; 0: the baseline never learns")
+    ppo_epochs: int = setting(3, "steps on the same utterances; 1: Eq. 3, many: clipped")
+    ppo_clip: float = setting(0.2, "of a token's ratio; 0: one step only, huge: no clipping")
+    awr_beta: float = setting(1.0, "0: copies everything logged, large: the best only")
+    critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances")
+    expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
-    offline: str = ""  # file of episodes to learn from without playing; empty: play
-    save_data: str = ""  # file to write the episodes into, demonstrations and play; empty: none
-
-    evaluation_episodes: int = 500  # fresh episodes behind each number of the final table; few: noisy
+    offline: str = setting("", "file of episodes to learn from without playing; empty: play")
+    evaluation_episodes: int = setting(500, "fresh, behind a number; few: noisy")
 
 
-# ======================================================================================================================
+# ==================================================================================================
 # The algorithm
-# ======================================================================================================================
+# ==================================================================================================
 
-
-class Transition(namedtuple("Transition", "s a ids r s2 done")):
-    """One turn.
-
-    s: all that the agent may know, as text. a: what it said. ids: the tokens of a as they were sampled, with the end token unless
-    it was cut before. r: the reward. s2: s'. done: nothing follows s2. A time limit outside the task is not `done`: there the
-    critic bootstraps.
-    """
+# One turn. s: all that the agent may know, as text. a: the utterance, without its newline. ids: its
+# tokens as they were sampled, the end token included unless the utterance was cut. r: the reward.
+# s2: the next state. done: nothing follows s2. A time limit is not `done`: the critic bootstraps.
+Transition = collections.namedtuple("Transition", "s a ids r s2 done")
 
 
 class ReplayBuffer:
-    """The last `capacity` transitions, in a ring. Sampling is uniform, with replacement, also once the ring is full."""
+    """The last `capacity` transitions."""
 
     def __init__(self, capacity, seed=0):
-        """capacity: transitions; seed: of the sampling."""
-        self.capacity, self.ring, self.next, self.rng = capacity, [], 0, random.Random(seed)
+        self.transitions = collections.deque(maxlen=capacity)
+        self.rng = random.Random(seed)
 
     def add(self, transitions):
-        """Each takes the place of the oldest one, once the ring is full."""
-        for transition in transitions:
-            self.ring[self.next : self.next + 1] = [transition]  # of an empty slice at the end of a list this makes a longer list
-            self.next = (self.next + 1) % self.capacity
+        self.transitions.extend(transitions)
 
     def sample(self, n):
-        """A list of n transitions."""
-        return self.rng.choices(self.ring, k=n)
+        """A list of n transitions, drawn uniformly with replacement."""
+        return self.rng.choices(self.transitions, k=n)
 
 
-def by_length(texts, size):
-    """Lists of positions in `texts`, at most `size` each, similar lengths together: less padding, the same result."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    return [order[i : i + size] for i in range(0, len(order), size)]
+def pad(rows, fill, device, side):
+    """Lists of token ids -> ids and attention mask, [B, T] each."""
+    rows = [torch.tensor(row) for row in rows]
+    ids = nn.utils.rnn.pad_sequence(rows, True, -1, padding_side=side).to(device)
+    mask = (ids >= 0).long()
+    return ids.masked_fill(mask == 0, fill), mask
 
 
-def tensor(numbers, device, dtype="int64"):
-    """Numbers as a tensor on the device, by way of numpy: torch takes five times as long to read a list. CUDA takes a copy first and
-    need not be waited for; another device might read memory that has been given back."""
-    return torch.from_numpy(np.array(numbers, dtype)).to(device, non_blocking=torch.device(device).type == "cuda")
-
-
-def pad(rows, fill, device, left=False):
-    """Lists of ids -> ids and mask, [2, B, T]. Pad an actor on the left: on the right, a short row would speak behind a gap."""
-    width = max(map(len, rows))
-    wide = lambda row, blank: [blank] * (width - len(row)) + row if left else row + [blank] * (width - len(row))
-    return tensor([[wide(row, fill) for row in rows], [wide([1] * len(row), 0) for row in rows]], device)
-
-
-def positions(mask):
-    """Position ids that count the real tokens only: without them a row would depend on the rows beside it."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def sample(p, row):
-    """For each entry of `row`, [B], an index drawn with the probabilities of that row of p, [R, N]: the first whose cumulated
-    probability passes a uniform draw."""
-    cumulated = p.cumsum(1).index_select(0, row)
-    draw = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, draw, right=True).squeeze(1).clamp(max=p.shape[1] - 1)
+def split(rows, size):
+    """Consecutive parts of a list, `size` rows each; the last one may be shorter."""
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 class Actor(nn.Module):
-    """The policy pi(a|s): any causal language model. It speaks until a newline, which is a token like any other."""
+    """The policy pi(a|s): a causal language model that speaks until a newline, its end token."""
 
-    def __init__(self, model, tokenizer, utterance_tokens=8, rows=64):
-        """utterance_tokens: of an utterance, at most; rows: that go through the model at once, when it scores."""
+    bfloat16 = False  # inside the model; log-probabilities and losses stay in float32
+
+    def __init__(self, model, tokenizer, utterance_tokens=8):
+        """utterance_tokens: of an utterance at most, the end token included."""
         super().__init__()
-        self.rows, self.utterances, self.tokens = rows, 0, 0  # utterances and tokens said so far, in games and outside
-        self.model, self.tokenizer, self.utterance_tokens = model.eval(), tokenizer, utterance_tokens  # eval: no dropout
-        (self.end,) = tokenizer.encode("\n", add_special_tokens=False)
-        self.room = model.config.max_position_embeddings - utterance_tokens  # tokens of state that fit the context
-        self.tokens_of = lru_cache(2**16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
-        utterance_of = lambda *ids: (tokenizer.decode(ids).rstrip("\n"), [*ids[: (*ids, self.end).index(self.end) + 1]])
-        self.utterance_of = lru_cache(2**16)(utterance_of)  # of ids, filled up with end tokens: the text, and the ids to the first end
+        self.model = model.eval()  # no dropout: what is scored is what was sampled
+        self.tokenizer = tokenizer
+        # The text's own tokens, without special ones. Cached, as texts repeat a lot.
+        self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, add_special_tokens=False))
+        self.utterance_tokens = utterance_tokens
+        (self.end,) = self.tokens_of("\n")
+        self.state_tokens = model.config.max_position_embeddings - utterance_tokens
 
-    def encode(self, texts):
-        """Token ids, a list a text. What is too long loses its beginning."""
-        return [self.tokens_of(text)[-self.room :] or [self.end] for text in texts]
+    def encode(self, states):
+        """A list of token ids for each state. A state too long for the context loses its start."""
+        return [self.tokens_of(s)[-self.state_tokens :] or [self.end] for s in states]
+
+    def forward(self, ids, mask, keep, cache=None):
+        """Logits of the last `keep` positions, [B, keep, vocabulary], and the cache.
+
+        ids: [B, T], the tokens that are not in the cache. mask: of the cached ones, too.
+        """
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding does not count
+        x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
+            out = self.model(**x, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+        return out.logits[:, -keep:].float(), out.past_key_values
 
     @torch.no_grad()
     def act(self, states, greedy=False):
-        """One utterance a state, in one batch, from the full softmax (top-k would sample another policy than we score).
+        """Says one utterance at each state, sampled from the full softmax: no top-k, no top-p.
 
-        Returns the texts, without newlines at their end, and the sampled token ids, the end token included unless it was cut before
-        (not to be changed: who has said the same gets the same list). The model has a row for each distinct state, later for each
-        distinct beginning of an utterance there: those who have said the same so far share it, until they differ or end. Each draws
-        tokens of its own, so that this is exact.
+        Returns texts, without their newlines, and token ids, a list for each state.
         """
-        row_of = {state: i for i, state in enumerate(dict.fromkeys(states))}
-        ids, mask = pad(self.encode(row_of), self.end, self.model.device, left=True)
-        # Of those who have not ended yet: their rows in the model, and who they are. What all have said, filled up with end tokens.
-        row, cache = tensor([row_of[state] for state in states], ids.device), None
-        talking, said = torch.arange(len(row), device=row.device), row.new_full((len(row), self.utterance_tokens), self.end)
-        for k in range(self.utterance_tokens):
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
-                             past_key_values=cache, use_cache=True, logits_to_keep=1)
-            p = out.logits[:, -1].float().softmax(1)
-            token = p.argmax(1)[row] if greedy else sample(p, row)
-            said[talking, k], goes_on = token, token != self.end
-            talking = talking[goes_on]
-            if not len(talking):
+        distinct = {s: row for row, s in enumerate(dict.fromkeys(states))}
+        # Easy to overlook: padded on the right, a short state would be continued after a gap.
+        ids, mask = pad(self.encode(distinct), self.end, self.model.device, "left")
+        logits, cache = self(ids, mask, keep=1)  # reads each distinct state once
+        row = torch.tensor([distinct[s] for s in states], device=ids.device)
+        cache.reorder_cache(row)  # from here on one row a state
+        logits, mask = logits[row], mask[row]
+        said = torch.full((len(states), self.utterance_tokens), self.end, device=ids.device)
+        speaking = torch.arange(len(states), device=ids.device)  # those who have not ended yet
+        for i in range(self.utterance_tokens):
+            p = logits[:, -1].softmax(1)
+            token = p.argmax(1) if greedy else torch.multinomial(p, 1).squeeze(1)
+            said[speaking, i] = token
+            going_on = (token != self.end).nonzero().squeeze(1)
+            if len(going_on) == 0:
                 break
-            # The next rows: the distinct pairs of a row and a token. The cache copies a row once for each of its pairs.
-            pairs, row = (row * p.shape[1] + token)[goes_on].unique(return_inverse=True)
-            cache, old, ids = out.past_key_values, pairs // p.shape[1], pairs[:, None] % p.shape[1]
-            cache.batch_select_indices(old)
-            mask = torch.cat([mask[old], torch.ones_like(ids)], 1)
-        texts, token_ids = zip(*[self.utterance_of(*ids) for ids in said.tolist()])
-        self.utterances, self.tokens = self.utterances + len(texts), self.tokens + sum(map(len, token_ids))
-        return texts, token_ids
+            speaking = speaking[going_on]
+            cache.reorder_cache(going_on)
+            mask = nn.functional.pad(mask[going_on], (0, 1), value=1)
+            logits, cache = self(token[going_on, None], mask, keep=1, cache=cache)
+        lengths = 1 + (said != self.end).sum(1)  # the end token included, if there is one
+        token_ids = [ids[:n] for ids, n in zip(said.tolist(), lengths.tolist(), strict=True)]
+        return [self.tokenizer.decode(ids).rstrip("\n") for ids in token_ids], token_ids
 
-    def act_many(self, states):
-        """What `act` says at any number of states, as text, in a few large batches."""
-        texts = {i: text for rows in by_length(states, 16 * self.rows) for i, text in zip(rows, self.act([states[i] for i in rows])[0])}
-        return [texts[i] for i in range(len(states))]
+    def join(self, states, token_ids):
+        """Each state and its utterance as one sequence: ids and mask, [B, T], and `spoken`, [B, L].
+
+        Utterances stand at the right edge. spoken is 1 at their tokens, 0 at padding.
+        """
+        rows = [s + a for s, a in zip(self.encode(states), token_ids, strict=True)]
+        ids, mask = pad(rows, self.end, self.model.device, "left")
+        _, spoken = pad(token_ids, self.end, self.model.device, "left")
+        return ids, mask, spoken
 
     def log_probs(self, states, token_ids):
-        """log pi(a^i | s, a^{1:i-1}) of every token that was spoken, its end token included.
+        """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
 
-        Returns (log-probabilities, mask), both [B, L]; short utterances stand at the right edge.
+        Returns log-probabilities, which mean something where spoken is 1, and spoken: [B, L] each.
         """
-        sequences, longest = [s + a for s, a in zip(self.encode(states), token_ids)], max(map(len, token_ids))
-        chunks = by_length(sequences, self.rows)
-        parts = [self.per_token(*pad([sequences[i] for i in rows], self.end, self.model.device, left=True), longest) for rows in chunks]
-        order = tensor(sum(chunks, []), self.model.device).argsort()
-        log_p = torch.cat([nn.functional.pad(part, (longest - part.shape[1], 0)) for part in parts])[order]
-        _, spoken = pad(token_ids, self.end, self.model.device, left=True)
-        return log_p, spoken.float()
-
-    def per_token(self, ids, mask, L):
-        """The log-probability of each of the last L tokens that have one before them, given all before it: [B, L], or fewer columns."""
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), logits_to_keep=L + 1, use_cache=False).logits
-        log_p = torch.log_softmax(logits[:, :-1].float(), -1)  # the logits at i-1 predict token i
-        return log_p.gather(2, ids[:, 1:][:, -L:, None]).squeeze(2)
+        ids, mask, spoken = self.join(states, token_ids)
+        L = spoken.shape[1]
+        logits, _ = self(ids, mask, keep=L + 1)
+        log_p = logits[:, :-1].log_softmax(2)  # the logits at i-1 predict token i
+        return log_p.gather(2, ids[:, -L:, None]).squeeze(2), spoken
 
 
-def value_head(width, h, gain):
-    """width-h-h-1 with ReLU. With weights that are small beside its biases a head is nearly linear at first, and is slow to see Q as
-    more than a state's part plus an utterance's part: which utterance suits which state."""
-    layers = [nn.Linear(width, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
+def value_head(inputs, h):
+    """inputs-h-h-1 with ReLU."""
+    layers = [nn.Linear(inputs, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
     for layer in layers[::2]:
-        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.orthogonal_(layer.weight, math.sqrt(2))
     return nn.Sequential(*layers)
 
 
 class DoubleCritic(nn.Module):
-    """Q1, Q2, V1, V2: four heads on one encoder, as in the paper. State and utterance are encoded apart and pooled. A text that is too
-    long is cut on the tokenizer's `truncation_side`, which should be the left."""
+    """Q1, Q2, V1 and V2: four heads on one encoder, which reads state and utterance separately."""
 
-    def __init__(self, encoder, tokenizer, gain=1.4, rows=64):
+    bfloat16 = False  # inside the encoder; values and losses stay in float32
+
+    def __init__(self, encoder, tokenizer):
+        """tokenizer: with a padding token; it cuts long texts, on its `truncation_side`."""
         super().__init__()
-        self.encoder, self.tokenizer, self.rows = encoder.eval(), tokenizer, rows
-        h, room = encoder.config.hidden_size, min(tokenizer.model_max_length, encoder.config.max_position_embeddings - 2)
-        self.tokens_of = lru_cache(2**16)(lambda text: tokenizer.encode(text, truncation=True, max_length=room) or [tokenizer.pad_token_id])
-        self.q_heads = nn.ModuleList([value_head(2 * h, h, gain) for _ in range(2)])
-        self.v_heads = nn.ModuleList([value_head(h, h, gain) for _ in range(2)])
+        self.encoder = encoder.eval()  # no dropout
+        self.tokenizer = tokenizer
+        self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, truncation=True))
+        h = encoder.config.hidden_size
+        self.q_heads = nn.ModuleList([value_head(2 * h, h), value_head(2 * h, h)])
+        self.v_heads = nn.ModuleList([value_head(h, h), value_head(h, h)])
 
     def embed(self, texts):
-        """[B, H]: the mean over a text's tokens. Each distinct text is encoded once; observations repeat a lot."""
-        distinct, pooled = sorted(dict.fromkeys(texts), key=len), []
-        for i in range(0, len(distinct), self.rows):
-            ids, mask = pad([*map(self.tokens_of, distinct[i : i + self.rows])], self.tokenizer.pad_token_id, self.encoder.device)
-            hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-            pooled.append((hidden * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True))
-        row = {text: i for i, text in enumerate(distinct)}
-        return torch.cat(pooled).index_select(0, tensor([row[text] for text in texts], ids.device))
+        """[B, H]: the mean over a text's tokens. Each distinct text is encoded once."""
+        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        rows = [self.tokens_of(text or "\n") for text in distinct]
+        ids, mask = pad(rows, self.tokenizer.pad_token_id, self.encoder.device, "right")
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
+            hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        pooled = (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return pooled[torch.tensor([distinct[text] for text in texts], device=ids.device)]
 
     def forward(self, s, a):
-        """Q_1 and Q_2 of utterances at states, V_1 and V_2 of the states, [2, B] each, from their texts."""
+        """Q of utterances at states and V of the states, [2, B] each, from texts."""
         e_s, e_a = self.embed([*s, *a]).split(len(s))
         return self.q(e_s, e_a), self.v(e_s)
 
     def q(self, e_s, e_a):
-        """Q_1(s, a) and Q_2(s, a), [2, B], from the embeddings of s and a."""
+        """Q1(s, a) and Q2(s, a), [2, B], from embeddings."""
         return torch.stack([head(torch.cat([e_s, e_a], 1)).squeeze(1) for head in self.q_heads])
 
     def v(self, e_s):
-        """V_1(s) and V_2(s), [2, B]."""
+        """V1(s) and V2(s), [2, B], from embeddings."""
         return torch.stack([head(e_s).squeeze(1) for head in self.v_heads])
 
 
 @torch.no_grad()
 def soft_update(target, online, tau):
     """target <- (1 - tau) target + tau online, parameter by parameter."""
-    for t, o in zip(target.parameters(), online.parameters()):
+    for t, o in zip(target.parameters(), online.parameters(), strict=True):
         t.lerp_(o, tau)
 
 
 def q_loss(q, r, done, next_v, gamma):
-    """Q learns the reward plus the discounted value of what follows (Eq. 1).
+    """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
-    q, next_v: [2, B], each head with its own; r, done: [B]. next_v comes from the target network.
+    q, next_v: [2, B]; each Q has its own V. r, done: [B]. next_v comes from the target network.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
 
 
 def v_loss(v, fresh_q):
-    """V learns what Q says of an utterance that the actor would say now, not of the one in the buffer (Eq. 2).
+    """V learns the Q of an utterance that the present actor says, not of the logged one (Eq. 2).
 
-    v, fresh_q: [2, B], each head with its own. fresh_q comes from the target network.
+    v, fresh_q: [2, B]; each V has its own Q. fresh_q comes from the target network.
     """
     return (v - fresh_q.detach()).pow(2).mean(1).sum()
 
 
-def expectile_loss(v, q, expectile):
-    """V learns an expectile of Q over the logged utterances: near 1, what the best of them is worth (Eq. 6).
-
-    v, q: [2, B]; q comes from the target network. Asymmetric squares of u = Q - V, so that V below Q costs more. With V - Q, the
-    sign that print seems to have (we know it from a transcription), V would become what the worst are worth.
-    """
-    u = q.detach() - v
-    return ((expectile - (u < 0).to(u)).abs() * u.pow(2)).mean(1).sum()
-
-
 def advantage(q, v):
-    """min Q - min V, [B], of [2, B] each: how much better than its usual talk is this utterance? (Sec. 3)
-
-    This is why there are two critics: what one head overrates by chance, the other seldom does, so that the lower of two is less
-    likely to send the actor after a mistake.
-    """
+    """min(Q1, Q2) - min(V1, V2), [2, B] each -> [B]. The minimum curbs overestimation (Sec. 3)."""
     return q.min(0).values - v.min(0).values
 
 
 def actor_loss(log_p, spoken, A):
-    """One scalar, the utterance's advantage, times the SUM of its tokens' log-probabilities; negated to descend (Eq. 3).
+    """The policy gradient: -A times the SUM of an utterance's log-probabilities (Eq. 3).
 
-    log_p, spoken: [B, L]; A: [B].
+    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]. A: [B].
     """
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
 
-def baseline_loss(v, spoken, A):
-    """A value a token, before it is spoken, learns the advantage of the whole utterance (Eq. 4). v, spoken: [B, L]; A: [B]."""
-    return ((v - A.detach()[:, None]).pow(2) * spoken).sum(1).mean()
+def descend(loss_of, rows, optimizer, c):
+    """One clipped step on a loss that is a mean over rows. Returns the loss, detached.
 
-
-def actor_loss_with_baseline(log_p, spoken, A, v):
-    """Eq. 3 with A - V~ in place of A, token by token (Eq. 5). log_p, spoken, v: [B, L]; A: [B]."""
-    return -((A[:, None] - v).detach() * log_p * spoken).sum(1).mean()
-
-
-def ppo_loss(log_p, old_log_p, spoken, A, clip):
-    """Eq. 3 for a second and third step on the same utterances: where a token's probability has moved by a factor of more
-    than 1 + clip, or less than 1 - clip, in A's favour, it moves no further.
-
-    log_p, old_log_p, spoken: [B, L]; A: [B, 1], of utterances, or [B, L], of tokens.
+    loss_of: columns of the rows -> a loss, or several stacked, whose sum is descended. Only
+    `c.micro_batch` rows go through the network at a time, and their gradients add up: the same step
+    in less memory. Raises FloatingPointError before a gradient that is not finite is used.
     """
-    ratio = ((log_p - old_log_p.detach()) * spoken).exp()
-    kept = torch.minimum(ratio * A.detach(), ratio.clamp(1 - clip, 1 + clip) * A.detach())
-    return -(kept * spoken).sum(1).mean()
-
-
-def awr_loss(log_p, spoken, A, beta, bound=20.0):
-    """Copies logged utterances, the more so the better they are: weights exp(beta A), `bound` at most (Eq. 7).
-    The bound is ours: without it a few would rule. log_p, spoken: [B, L]; A: [B]."""
-    weight = (beta * A.detach()).exp().clamp(max=bound)
-    return -(weight * (log_p * spoken).sum(1)).mean()
-
-
-def descend(loss, network, optimizer, clip):
-    """One step of one network; the other one's gradients have no part in the norm that is clipped."""
     optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), clip)
+    total = 0.0
+    for chunk in split(rows, c.micro_batch or len(rows)):
+        loss = loss_of(*zip(*chunk, strict=True)) * len(chunk) / len(rows)
+        loss.sum().backward()
+        total = total + loss.detach()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.clip)
+    if not norm.isfinite():
+        raise FloatingPointError("a gradient is not finite: look at rewards and learning rates")
     optimizer.step()
-
-
-def fresh_utterances(actor, batches):
-    """For Eq. 2, what the actor would say now. It rests while the critic learns, so all can be drawn in one go."""
-    texts = iter(actor.act_many([t.s for batch in batches for t in batch]))
-    return [[next(texts) for _ in batch] for batch in batches]
-
-
-logged_utterances = lambda actor, batches: [[t.a for t in batch] for batch in batches]  # for Eq. 6, what was said
-
-
-def critic_loss(critic, target, batch, utterances, gamma, loss_of_v=v_loss):
-    """Eqs. 1 and 2 on a list of transitions and one fresh utterance for each of their states; Eq. 6 with the logged ones."""
-    # Each head of the double critic learns from its own target; the minimum of the two is for the actor only.
-    s, a, _, r, s2, done = zip(*batch)
-    q, v = critic(s, a)
-    r, done = tensor([r, done], v.device, "float32")
-    with torch.no_grad():
-        e_s, e_said, e_s2 = target.embed([*s, *utterances, *s2]).split(len(s))  # at once: one turn's s2 may be another's s
-        next_v, said_q = target.v(e_s2), target.q(e_s, e_said)
-    return q_loss(q, r, done, next_v, gamma), loss_of_v(v, said_q)
-
-
-@torch.no_grad()
-def judged_batch(actor, critic, buffer, c, fresh=True):
-    """States from the buffer, utterances as token ids, and the online critic's advantages [B], neither centred nor scaled.
-
-    fresh: the utterances are those that the actor says there now, and the logged ones play no part.
-    """
-    s, a, token_ids, *_ = zip(*buffer.sample(c.batch))
-    a, token_ids = actor.act(s) if fresh else (a, token_ids)
-    return s, token_ids, advantage(*critic(s, a))
-
-
-def reinforce(actor, critic, buffer, c):
-    """An actor step with Eq. 3. Like its siblings below it yields a loss, and its advantages, for every descent to make: PPO's second
-    loss can only be computed when the first descent is done."""
-    s, token_ids, A = judged_batch(actor, critic, buffer, c)
-    log_p, spoken = actor.log_probs(s, token_ids)
-    yield actor_loss(log_p, spoken, A), A
-
-
-class TokenBaseline(Actor):
-    """V~(s, a^{1:i-1}): a language model of its own that gives each token a value where an actor gives a log-probability."""
-
-    def __init__(self, actor, c):
-        super().__init__(copy.deepcopy(actor.model), actor.tokenizer, actor.utterance_tokens, actor.rows)
-        self.head = nn.Linear(actor.model.config.hidden_size, 1).to(actor.model.device)
-        self.optimizer = adam(self.parameters(), c.critic_lr)  # what it learns is a value, too
-
-    def per_token(self, ids, mask, L):
-        """The value before each of the last L tokens, which sees only the state and the tokens before: [B, L], or fewer columns."""
-        hidden = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).last_hidden_state
-        return self.head(hidden[:, -L - 1 : -1]).squeeze(2)
-
-    def improve(self, actor, critic, buffer, c):
-        """Steps of its own with Eq. 4, then one of the actor with Eq. 5. (In Algorithm 1 all of the former come first.)"""
-        for k in range(c.baseline_steps + 1):  # (Alg. 1, lines 16-19)
-            s, token_ids, A = judged_batch(actor, critic, buffer, c)
-            v, spoken = self.log_probs(s, token_ids)
-            if k < c.baseline_steps:
-                descend(baseline_loss(v, spoken, A), self, self.optimizer, c.clip)
-        yield actor_loss_with_baseline(actor.log_probs(s, token_ids)[0], spoken, A, v), A
-
-
-def ppo(actor, critic, buffer, c):
-    """Several descents on a batch of fresh utterances: the paper allows any policy gradient over tokens as the low level."""
-    s, token_ids, A = judged_batch(actor, critic, buffer, c)
-    for k in range(c.ppo_epochs):
-        log_p, spoken = actor.log_probs(s, token_ids)
-        old_log_p = log_p.detach() if k == 0 else old_log_p
-        yield ppo_loss(log_p, old_log_p, spoken, A[:, None], c.ppo_clip), A
-
-
-def awr(actor, critic, buffer, c):
-    """An actor step with Eq. 7: the only one of the four that learns from logged utterances."""
-    s, token_ids, A = judged_batch(actor, critic, buffer, c, fresh=False)
-    log_p, spoken = actor.log_probs(s, token_ids)
-    yield awr_loss(log_p, spoken, A, c.awr_beta), A
-
-
-# By name: what makes, of actor and settings, the function that yields the actor's losses (one of the four has a network of its own
-# and is made of it); and the utterances that V learns from, with its loss.
-ACTOR_LOSSES = {"reinforce": lambda actor, c: reinforce, "baseline": lambda actor, c: TokenBaseline(actor, c).improve,
-                "ppo": lambda actor, c: ppo, "awr": lambda actor, c: awr}
-CRITIC_LOSSES = {"td": lambda c: (fresh_utterances, v_loss),
-                 "iql": lambda c: (logged_utterances, partial(expectile_loss, expectile=c.expectile))}
+    return total
 
 
 def rollout(game, actor, episodes, rng, greedy=False):
-    """Plays `episodes` games side by side. Returns a list of episodes, each a list of transitions.
+    """Plays `episodes` games side by side. Returns a list of episodes, lists of transitions.
 
-    A turn limit reported as `truncated` ends the episode but is not `done`: what would have followed still has a value.
+    Easy to overlook: a time limit (`truncated`) ends an episode, but is not `done`.
     """
-    games, played = [game() for _ in range(episodes)], [[] for _ in range(episodes)]
-    states = {i: g.reset(seed=rng.randrange(2**31))[0] for i, g in enumerate(games)}  # of the games that go on
-    while states:
-        for i, a, token_ids in zip([*states], *actor.act([*states.values()], greedy)):
+    games = [game() for _ in range(episodes)]
+    played = [[] for _ in games]
+    states = {i: g.reset(seed=rng.randrange(2**31))[0] for i, g in enumerate(games)}
+    while states:  # of the games that still run
+        utterances, token_ids = actor.act(list(states.values()), greedy)
+        for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
             s2, r, terminated, truncated, _ = games[i].step(a)
-            # A game may count in numpy's numbers, which json cannot write.
-            played[i].append(Transition(states[i], a, token_ids, float(r), s2, bool(terminated)))
+            if not math.isfinite(r):
+                raise FloatingPointError(f"the game paid {r}")
+            played[i].append(Transition(states[i], a, ids, float(r), s2, bool(terminated)))
             states[i] = s2
             if terminated or truncated:
                 del states[i]
     return played
 
 
-def warm_start(actor, demonstrations, c):
-    """Supervised fine-tuning on demonstrations, a list of episodes, where the paper's actors come from too."""
-    rng, optimizer, transitions = random.Random(c.seed), adam(actor.parameters()), [t for e in demonstrations for t in e]
-    for step in tqdm(range(c.warm_start_steps if transitions else 0), "warm start"):
-        optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
-        batch = rng.choices(transitions, k=c.batch)
-        log_p, spoken = actor.log_probs([t.s for t in batch], [t.ids for t in batch])
-        descend(-(log_p * spoken).sum() / spoken.sum(), actor, optimizer, c.clip)
+class ArCHer:
+    """Algorithm 1: `iterate` is one iteration, and changes actor and critic in place.
 
+        learner = ArCHer(game, actor, critic, demonstrations, c)
+        for _ in range(c.iterations):
+            print(learner.iterate())
 
-def train(game, actor, critic, demonstrations, c, report=lambda metrics, episodes: None, begin=lambda *parts: 0, lap=lambda phase, x=None: x):
-    """Algorithm 1; changes actor and critic in place. With no episodes an iteration it is offline.
-
-    game: class with `reset` and `step`. demonstrations: episodes, as `rollout` returns them. report: called once an iteration
-    with a dict of numbers and the episodes that were played. begin and lap are the workshop's: the one may put all that is learned
-    here back to where a run was stopped, and returns how many iterations that has had; lap(phase, x) takes the time and returns x.
+    With `c.episodes` of 0 it learns offline. `state_dict` covers all that an iteration changes: on
+    a CPU a resumed run equals an uninterrupted one bit for bit.
     """
-    target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
-    actor_optimizer, critic_optimizer = adam(actor.parameters(), c.actor_lr), adam(critic.parameters(), c.critic_lr)
-    actor_losses, (utterances_for_v, loss_of_v) = ACTOR_LOSSES[c.actor_loss](actor, c), CRITIC_LOSSES[c.critic_loss](c)
-    buffer, rng = ReplayBuffer(c.capacity, c.seed), random.Random(c.seed)
-    buffer.add(t for episode in demonstrations for t in episode)  # (Alg. 1, line 2)
-    first = begin([actor, critic, target, actor_optimizer, critic_optimizer], actor_losses, buffer, rng)
-    for iteration in tqdm(range(first, c.iterations), "ArCHer"):  # (Alg. 1, line 3)
-        episodes = lap("play", rollout(game, actor, c.episodes, rng))  # (Alg. 1, lines 4-7)
-        buffer.add(t for episode in episodes for t in episode)
-        batches, losses, descents = [buffer.sample(c.batch) for _ in range(c.critic_steps)], [], []
-        for batch, utterances in zip(batches, lap("utterances", utterances_for_v(actor, batches))):  # (Alg. 1, line 8)
-            loss_q, loss_v = critic_loss(critic, target, batch, utterances, c.gamma, loss_of_v)
-            descend(loss_q + loss_v, critic, critic_optimizer, c.clip)  # (Alg. 1, lines 9-10), at once: they share an encoder
-            soft_update(target, critic, c.tau)  # (Alg. 1, lines 12-15)
-            losses.append(torch.stack([loss_q, loss_v]).detach())
-        lap("critic")
-        for _ in range(c.actor_steps if iteration >= c.warmup_iterations else 0):  # (Alg. 1, line 20)
-            for loss, A in actor_losses(actor, critic, buffer, c):
-                descend(loss, actor, actor_optimizer, c.clip)  # (Alg. 1, line 22)
-                descents.append((loss.detach(), A))
-        lap("actor")
-        report(metrics_of(iteration, episodes, losses, descents, critic, c.gamma), episodes)
+
+    stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
+    loss_of_v = staticmethod(v_loss)  # (v, q of `utterances_for_v`) -> loss
+
+    def __init__(self, game, actor, critic, demonstrations, c):
+        """game: class with `reset` and `step`. demonstrations: episodes, as `rollout` returns."""
+        self.game = game
+        self.actor = actor
+        self.critic = critic
+        self.c = c
+        self.target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
+        self.actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr, fused=True)
+        self.buffer = ReplayBuffer(c.capacity, c.seed)  # (Alg. 1, line 2)
+        self.buffer.add(t for episode in demonstrations for t in episode)
+        self.iteration = 0
+
+    def iterate(self):
+        """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
+        c = self.c
+        self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
+        self.buffer.add(t for episode in self.played for t in episode)  # (Alg. 1, lines 4-7)
+
+        # The actor rests while the critic learns: all utterances for Eq. 2 can be drawn at once.
+        transitions = self.buffer.sample(c.critic_steps * c.batch)
+        rows = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
+        critic_steps = []
+        for batch in split(rows, c.batch):  # (Alg. 1, line 8)
+            # Q and V step together, since they share an encoder. (Alg. 1, lines 9-10)
+            critic_steps.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
+            soft_update(self.target, self.critic, c.tau)  # (Alg. 1, lines 12-15)
+
+        n = c.actor_steps if self.iteration >= c.warmup_iterations else 0
+        actor_steps = [self.actor_step() for _ in range(n)]  # (Alg. 1, lines 20-23)
+        self.iteration += 1
+        return metrics(self, critic_steps, actor_steps)
+
+    def utterances_for_v(self, transitions):
+        """For Eq. 2, what the present actor says at each state; 1,024 at a time to bound memory."""
+        batches = split([t.s for t in transitions], 1024)
+        return [a for states in batches for a in self.actor.act(states)[0]]
+
+    def critic_losses(self, batch, utterances):
+        """J_Q and J_V, [2], of transitions and an utterance at the state of each."""
+        s, a, _, r, s2, done = zip(*batch, strict=True)
+        q, v = self.critic(s, a)
+        with torch.no_grad():
+            e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).split(len(s))
+            next_v = self.target.v(e_s2)
+            fresh_q = self.target.q(e_s, e_fresh)
+        r, done = torch.tensor([r, done], device=q.device)
+        return torch.stack([q_loss(q, r, done, next_v, self.c.gamma), self.loss_of_v(v, fresh_q)])
+
+    def actor_step(self):
+        """One step on Eq. 3. Returns its rows (s, token ids, A) and the loss."""
+        rows = self.rows_for_actor()
+        return rows, descend(self.actor_loss, rows, self.actor_optimizer, self.c)
+
+    def rows_for_actor(self):
+        """States from the buffer, utterances from the present actor, advantages as they are.
+
+        Easy to overlook: the logged utterances play no part in the policy gradient.
+        """
+        s = [t.s for t in self.buffer.sample(self.c.batch)]
+        a, token_ids = self.actor.act(s)
+        return list(zip(s, token_ids, advantage(*self.critic(s, a)).detach(), strict=True))
+
+    def actor_loss(self, s, token_ids, A):
+        log_p, spoken = self.actor.log_probs(s, token_ids)
+        return actor_loss(log_p, spoken, torch.stack(A))
+
+    def state_dict(self):
+        """Tensors and plain values: `torch.load(..., weights_only=True)` reads them."""
+        state = {name: getattr(self, name).state_dict() for name in self.stateful}
+        state |= {"iteration": self.iteration, "buffer": list(map(tuple, self.buffer.transitions))}
+        state |= {"rng": self.buffer.rng.getstate(), "torch_rng": torch.get_rng_state()}
+        return state | {"cuda_rng": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state):
+        for name in self.stateful:
+            getattr(self, name).load_state_dict(state[name])
+        self.buffer.transitions.clear()
+        self.buffer.add(Transition(*t) for t in state["buffer"])
+        self.iteration = state["iteration"]
+        self.buffer.rng.setstate(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
-# ======================================================================================================================
-# The workshop
-# ======================================================================================================================
+# ==================================================================================================
+# The workshop, 1: variants of the algorithm. None of them is needed to understand the default
+# ==================================================================================================
 
 
-def check(c, new=True):
-    """Finds impossible settings before any work is done. new: the run is not one that goes on."""
-    for name, names in (("env", GAMES), ("actor_loss", ACTOR_LOSSES), ("critic_loss", CRITIC_LOSSES)):
-        require(getattr(c, name) in names, f"--{name.replace('_', '-')} cannot be {getattr(c, name)!r}; choose from {', '.join(names)}")
-    positive = {"warm_start_lr", "utterance_tokens", "capacity", "critic_steps", "critic_lr", "head_gain", "actor_lr", "batch", "clip",
-                "ppo_epochs", "evaluation_episodes"}
-    for name, value in vars(c).items():
-        strict, most, kinds = name in positive, 1 if name in ("gamma", "tau", "expectile") else 1e18, (int, type(getattr(type(c), name)))
-        possible = isinstance(value, kinds) and (isinstance(value, str) or 0 < value <= most or (value == 0 and not strict))
-        require(possible, f"--{name.replace('_', '-')} must be {'more than 0' if strict else '0 or more'}, at most {most:g}, not {value}")
-    speaks = c.actor or c.offline or (c.demonstrations and hasattr(GAMES[c.env], "demonstrations"))
-    require(speaks, "a tiny actor learns to speak from demonstrations: the game must have some, or name a model with --actor")
-    require(c.batch <= c.capacity or c.offline, f"--batch {c.batch} is more than the buffer holds, --capacity {c.capacity}")
-    file, earlier = pathlib.Path(c.save_data or "episodes").absolute(), pathlib.Path(c.out, "config.json")
-    require(file.parent.is_dir() and not file.is_dir(), f"cannot write {c.save_data}: it is a folder, or its folder does not exist")
-    require(not (new and c.out and earlier.exists()), f"--out {c.out} holds an earlier run; name another folder, or --resume it")
+def baseline_loss(v, spoken, A):
+    """A value for each token, before it is said, learns the utterance's advantage (Eq. 4).
+
+    v, spoken: [B, L]. A: [B].
+    """
+    return ((v - A.detach()[:, None]).pow(2) * spoken).sum(1).mean()
+
+
+def actor_loss_with_baseline(log_p, spoken, A, v):
+    """Eq. 3 with A - V~ in place of A, token by token (Eq. 5). log_p, spoken, v: [B, L]. A: [B]."""
+    return -((A[:, None] - v).detach() * log_p * spoken).sum(1).mean()
+
+
+def expectile_loss(v, q, expectile):
+    """V learns an expectile of Q over logged utterances; near 1, the Q of the best (Eq. 6).
+
+    v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
+    Our transcription of the paper has V - Q, which would give the value of the worst.
+    """
+    u = q.detach() - v
+    return ((expectile - (u < 0).float()).abs() * u.pow(2)).mean(1).sum()
+
+
+def awr_loss(log_p, spoken, A, beta, bound=20.0):
+    """Imitation of logged utterances, weighted by exp(beta A), at most `bound` (Eq. 7).
+
+    The bound is ours; without it a few utterances dominate. log_p, spoken: [B, L]. A: [B].
+    """
+    weight = (beta * A.detach()).exp().clamp(max=bound)
+    return -(weight * (log_p * spoken).sum(1)).mean()
+
+
+def ppo_loss(log_p, old_log_p, spoken, A, clip):
+    """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
+
+    log_p, old_log_p, spoken: [B, L]. A: [B, 1] for utterances, or [B, L] for tokens.
+    """
+    ratio = ((log_p - old_log_p.detach()) * spoken).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -(torch.minimum(ratio * A.detach(), clipped * A.detach()) * spoken).sum(1).mean()
+
+
+class TokenBaseline(nn.Module):
+    """V~(s, a^{1:i-1}): a language model of its own, with a value head."""
+
+    def __init__(self, actor):
+        super().__init__()
+        self.join = actor.join
+        self.model = copy.deepcopy(actor.model.base_model)
+        self.head = nn.Linear(self.model.config.hidden_size, 1, device=self.model.device)
+
+    def forward(self, states, token_ids):
+        """The value before each token of the utterances, and `spoken`: [B, L] each."""
+        ids, mask, spoken = self.join(states, token_ids)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        hidden = self.model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+        return self.head(hidden[:, -spoken.shape[1] - 1 : -1].float()).squeeze(2), spoken
+
+
+class WithBaseline(ArCHer):
+    """Eqs. 4 and 5. Baseline steps precede each actor step; in Algorithm 1, all actor steps."""
+
+    stateful = (*ArCHer.stateful, "baseline", "baseline_optimizer")
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.baseline = TokenBaseline(self.actor)
+        self.baseline_optimizer = torch.optim.Adam(self.baseline.parameters(), self.c.critic_lr)
+
+    def actor_step(self):
+        for _ in range(self.c.baseline_steps):  # (Alg. 1, lines 16-19)
+            descend(self.baseline_loss, self.rows_for_actor(), self.baseline_optimizer, self.c)
+        return super().actor_step()
+
+    def baseline_loss(self, s, token_ids, A):
+        return baseline_loss(*self.baseline(s, token_ids), torch.stack(A))
+
+    def actor_loss(self, s, token_ids, A):
+        v, _ = self.baseline(s, token_ids)
+        return actor_loss_with_baseline(*self.actor.log_probs(s, token_ids), torch.stack(A), v)
+
+
+class WithPPO(ArCHer):
+    """PPO as the low level: the paper allows any policy gradient over tokens."""
+
+    def actor_step(self):
+        rows = self.rows_for_actor()
+        self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        for _ in range(self.c.ppo_epochs):
+            loss = descend(self.actor_loss, rows, self.actor_optimizer, self.c)
+        return rows, loss
+
+    def actor_loss(self, s, token_ids, A):
+        log_p, spoken = self.actor.log_probs(s, token_ids)
+        old_log_p, _ = self.old_actor.log_probs(s, token_ids)
+        return ppo_loss(log_p, old_log_p, spoken, torch.stack(A)[:, None], self.c.ppo_clip)
+
+
+class WithAWR(ArCHer):
+    """Eq. 7: the actor learns from logged utterances."""
+
+    def rows_for_actor(self):
+        s, a, token_ids, *_ = zip(*self.buffer.sample(self.c.batch), strict=True)
+        return list(zip(s, token_ids, advantage(*self.critic(s, a)).detach(), strict=True))
+
+    def actor_loss(self, s, token_ids, A):
+        log_p, spoken = self.actor.log_probs(s, token_ids)
+        return awr_loss(log_p, spoken, torch.stack(A), self.c.awr_beta)
+
+
+class WithIQL(ArCHer):
+    """Eqs. 1 and 6: the critic learns from logged utterances, and nothing is generated for it."""
+
+    def utterances_for_v(self, transitions):
+        return [t.a for t in transitions]
+
+    def loss_of_v(self, v, q):
+        return expectile_loss(v, q, self.c.expectile)
+
+
+ACTOR_LOSSES = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "awr": WithAWR}
+
+
+def variant(c):
+    """The class that the settings name: ArCHer itself, or a subclass."""
+    learner = ACTOR_LOSSES[c.actor_loss]
+    if c.critic_loss == "iql":
+        learner = type("WithIQL", (WithIQL, learner), {})  # each overrides methods of its own
+    return learner
+
+
+# ==================================================================================================
+# The workshop, 2: models
+# ==================================================================================================
+
+
+class UserError(Exception):
+    """A mistake in settings, games or files. `main` prints it in one line and exits with code 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+@contextlib.contextmanager
+def explained(what):
+    """Any error inside becomes a UserError that says what failed, and why."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 def tiny_tokenizer(texts):
-    """Byte-level BPE trained on the game's own text: the game's words are one token each, and any string can be written."""
+    """Byte-level BPE trained on a game's texts: its words are single tokens, any text encodes."""
     words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n| ?\S+|\s"), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe, end = tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>"
-    bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.Sequence([words, to_bytes]), tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=2048, initial_alphabet=to_bytes.alphabet(), special_tokens=[end], show_progress=False))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=end, pad_token=end, truncation_side="left")
+    end = "<|endoftext|>"
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, to_bytes])
+    bpe.train_from_iterator(texts, vocab_size=2048, special_tokens=[end], show_progress=False)
+    options = {"eos_token": end, "pad_token": end, "model_max_length": 256}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **options)
+    tokenizer.truncation_side = "left"
+    return tokenizer
 
 
-def load(option, name, model_class, encoder):
-    """A pretrained model, in float32, and its tokenizer, from the hub or a folder. What cannot work here is found at once: in an
-    encoder a token sees the next one, in a causal language model it must not."""
-    with explained(f"cannot use --{option} {name}, model and tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", trust_remote_code=False)
-        model = model_class.from_pretrained(name, trust_remote_code=False).float().eval()
-        pair, _ = torch.tensor([[3, 4], [3, len(tokenizer) - 1]]), model.config.max_position_embeddings  # the model must have both
-        first, second = model(input_ids=pair, **{} if encoder else {"logits_to_keep": 2, "position_ids": pair * 0})[0][:, 0]
-    require(torch.allclose(first, second, atol=1e-4) != encoder, f"--{option} {name} must be {'an encoder' if encoder else 'a causal model'}")
-    there = tokenizer.pad_token if encoder else len(tokenizer.encode("\n", add_special_tokens=False)) == 1
-    require(there, f"the tokenizer of {name} has no token for {'padding' if encoder else 'a newline, which ends an utterance here'}")
+def tiny_gpt2(vocabulary):
+    """ReLU and wide initial weights let models of this size learn from few examples."""
+    size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "vocab_size": vocabulary}
+    size |= {"activation_function": "relu", "initializer_range": 0.2, "bos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(eos_token_id=0, **size))
+
+
+def tiny_roberta(vocabulary):
+    size = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+    size |= {"intermediate_size": 256, "hidden_act": "relu", "initializer_range": 0.2}
+    size |= {"vocab_size": vocabulary, "pad_token_id": 0}
+    return transformers.RobertaModel(transformers.RobertaConfig(**size))
+
+
+def load(name, model_class):
+    """A pretrained model in float32 and its tokenizer, from the hub or a folder."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+    model = model_class.from_pretrained(name).float()
+    tokenizer.model_max_length = model.config.max_position_embeddings - 2  # RoBERTa begins at 2
     return model, tokenizer
 
 
-def lean(model, half, again):
-    """half: matrix products in bfloat16, weights and losses stay in float32. again: what the backward pass needs is computed there
-    once more in place of being kept, with the same gradient. It is the class that changes, so that copies of the model do the same."""
-    kind = type(model)
-
-    def forward(self, *args, **named):
-        call = partial(torch.utils.checkpoint.checkpoint, kind.forward, use_reentrant=False)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            return (call if again and torch.is_grad_enabled() else kind.forward)(self, *args, **named)
-
-    model.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-
-
-adam = partial(torch.optim.Adam, fused=True)  # all of a step at once
-
-
 def build(c, texts):
-    """Actor and critic on their device: by name where the settings name one, else tiny and new. ReLU and wide initial weights let
-    networks of this size learn from few examples."""
-    with explained(f"cannot use --device {c.device}"):
-        device = torch.zeros(1, device=c.device).device
-    half = bool(c.actor and c.critic) and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    torch.set_float32_matmul_precision("high" if half else "highest")  # TF32 for what is not in bfloat16
-    # Tensors this small gain little from a second thread, and wait for it wherever the cores have other work.
-    torch.set_num_threads(torch.get_num_threads() if c.actor or c.critic else 1)
-    tiny = tokenizer = critic_tokenizer = tiny_tokenizer(texts)
-    if c.actor:
-        model, tokenizer = load("actor", c.actor, transformers.AutoModelForCausalLM, encoder=False)
-    else:
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tiny), n_positions=256, n_embd=64,
-            n_layer=2, n_head=4, activation_function="relu", initializer_range=0.2, bos_token_id=0, eos_token_id=0))
-    if c.critic:
-        encoder, critic_tokenizer = load("critic", c.critic, transformers.AutoModel, encoder=True)
-    else:
-        encoder = transformers.RobertaModel(transformers.RobertaConfig(vocab_size=len(tiny), max_position_embeddings=258, pad_token_id=0,
-            num_hidden_layers=1, hidden_size=64, num_attention_heads=4, intermediate_size=256, hidden_act="relu", initializer_range=0.2))
-    for network in (model.base_model, encoder) if half or c.micro_batch else ():
-        lean(network, half, c.micro_batch > 0)
-    return (Actor(model, tokenizer, c.utterance_tokens, c.micro_batch or 64).to(device),
-            DoubleCritic(encoder, critic_tokenizer, c.head_gain, c.micro_batch or 64).to(device))
+    """Actor and critic on their device. texts: what the tokenizer of tiny models learns from."""
+    if not (c.actor or c.critic):
+        torch.set_num_threads(1)  # tiny models gain little from a second thread
+    tokenizer = critic_tokenizer = tiny_tokenizer(texts)
+    model, encoder = tiny_gpt2(len(tokenizer)), tiny_roberta(len(tokenizer))
+    device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with explained(f"cannot use --actor {c.actor!r} on {device!r}"):
+        if c.actor:
+            model, tokenizer = load(c.actor, transformers.AutoModelForCausalLM)
+        actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
+        require(actor.state_tokens > 0, f"{c.utterance_tokens} tokens leave no room for a state")
+        actor.act(["", "Hello.\n"])
+    with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
+        if c.critic:
+            encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
+        critic = DoubleCritic(encoder, critic_tokenizer).to(device)
+        critic.embed(["", "Hello.\n"])
+    actor.bfloat16 = critic.bfloat16 = bool(c.actor and c.critic) and device.startswith("cuda")
+    return actor, critic
 
 
-mean_return = lambda episodes: sum(t.r for episode in episodes for t in episode) / len(episodes)
+def warm_start(actor, demonstrations, c):
+    """Supervised fine-tuning on demonstrations, a list of episodes. Changes the actor in place."""
+    rows = [(t.s, t.ids) for episode in demonstrations for t in episode]
+    rng = random.Random(c.seed)
+    optimizer = torch.optim.Adam(actor.parameters(), c.warm_start_lr, fused=True)
+
+    def imitation_loss(s, token_ids):
+        log_p, spoken = actor.log_probs(s, token_ids)
+        return actor_loss(log_p, spoken, torch.ones_like(log_p[:, 0]))  # maximum likelihood
+
+    for step in tqdm(range(c.warm_start_steps if rows else 0), "warm start"):
+        optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
+        descend(imitation_loss, rng.choices(rows, k=c.batch), optimizer, c)
 
 
-def metrics_of(iteration, episodes, losses, descents, critic, gamma):
-    """The numbers of an iteration. An honest critic's `value` of the first states is close to the `discounted_return`
-    earned from them, or somewhat higher where play is cut: V counts what would have followed. Offline there are neither."""
-    (q_loss, v_loss), A = torch.stack(losses).mean(0).tolist(), torch.cat([A for _, A in descents] or [torch.zeros(2)])
-    numbers = {"iteration": iteration + 1, "q_loss": q_loss, "v_loss": v_loss, "advantage_std": A.std(correction=0).item(),
-               "actor_loss": sum(loss.item() for loss, _ in descents) / max(1, len(descents))}
-    if not episodes:
-        return numbers
-    with torch.no_grad():
-        value = critic.v(critic.embed([e[0].s for e in episodes])).min(0).values.mean().item()
-    return numbers | {"return": mean_return(episodes), "turns": sum(map(len, episodes)) / len(episodes), "value": value,
-                      "discounted_return": sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)}
+# ==================================================================================================
+# The workshop, 3: runs, files, the command line
+# ==================================================================================================
 
 
-class Log:
-    """A run's memory beside its networks, where its time goes, and its checkpoints: tensors and plain values."""
-
-    def __init__(self, c, actor, folder, saved):
-        self.c, self.actor, self.folder, self.saved = c, actor, folder, saved
-        self.memory = {"metrics": [], "played": [], "seconds": 0.0, "utterances": 0} | (saved["memory"] if saved else {})
-        self.began, self.marks = time.time() - self.memory["seconds"], []
-
-    def begin(self, learned, actor_losses, buffer, rng):
-        """For `train`: how to get and put back all that it changes. Puts back what was saved; returns how many iterations are done."""
-        baseline = getattr(actor_losses, "__self__", None)  # the losses are a method of it, if there is one
-        learned = [*learned, baseline, baseline.optimizer] if baseline else learned
-        ring = lambda: [[*map(tuple, buffer.ring)], buffer.next]
-        set_ring = lambda state: vars(buffer).update(ring=[Transition(*t) for t in state[0]], next=state[1])
-        self.parts = [(x.state_dict, x.load_state_dict) for x in learned] + [(x.getstate, x.setstate) for x in (rng, buffer.rng)] + [
-            (ring, set_ring), (torch.get_rng_state, torch.set_rng_state), (torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)]
-        with explained(f"the checkpoint in {self.folder} belongs to another run"):
-            for (_, put), state in zip(self.parts, self.saved["parts"] if self.saved else ()):
-                put(state)
-        self.actor.utterances = self.memory["utterances"]
-        self.checkpoint(), self.lap("begin"), self.lap("files")
-        return len(self.memory["metrics"])
-
-    def lap(self, phase, result=None):
-        """Notes when a phase ends, and how many tokens had been said. CUDA works behind: it is waited for."""
-        self.actor.model.device.type == "cuda" and torch.cuda.synchronize(self.actor.model.device)
-        self.marks.append((phase, time.time(), self.actor.tokens))
-        return result
-
-    def report(self, numbers, episodes):
-        """A line of metrics.jsonl, and a checkpoint where one is due."""
-        wrong = next((n for n, x in (*(("reward", t.r) for e in episodes for t in e), *numbers.items()) if not abs(x) < float("inf")), "")
-        require(not wrong, f"{wrong} is not finite in iteration {numbers['iteration']}; the last good checkpoint is in {self.folder}")
-        self.lap("rest")
-        seconds = {after[0]: after[1] - before[1] for before, after in zip(self.marks, self.marks[1:])}
-        rate = (self.marks[3][2] - self.marks[1][2]) / (seconds["play"] + seconds["utterances"] + 1e-9)
-        numbers |= {"seconds": seconds, "tokens_per_second": rate, "gpu_mib": torch.cuda.max_memory_allocated() / 2**20}
-        self.memory["metrics"], self.marks = [*self.memory["metrics"], numbers], self.marks[-1:]
-        self.memory["played"] += [[*map(tuple, e)] for e in episodes if self.c.save_data]
-        write(self.folder / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.memory["metrics"]))
-        if numbers["iteration"] in (self.c.iterations, *range(0, self.c.iterations, self.c.checkpoint_every or self.c.iterations)):
-            self.checkpoint()
-        self.lap("files")
-
-    def checkpoint(self):
-        """All that is needed to go on, bit for bit."""
-        self.memory |= {"seconds": time.time() - self.began, "utterances": self.actor.utterances}
-        state = {"memory": self.memory, "parts": [get() for get, _ in self.parts]}
-        finite = all(x.isfinite().all() for weights in state["parts"][:3] for x in weights.values())
-        require(finite, f"the weights are not finite: take a smaller learning rate; a good checkpoint is in {self.folder}, if there is one")
-        write(self.folder / "checkpoint.pt", partial(torch.save, state))
+def mean_return(episodes, gamma=1.0):
+    return sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
 
 
-def dialogue(title, episode, actor, critic):
-    """One episode as text: what was said and answered, with reward, Q, V, advantage and log-probability a turn."""
-    s, a, token_ids, *_ = zip(*episode)
-    with torch.no_grad():
-        (q, v), (log_p, spoken) = critic(s, a), actor.log_probs(s, token_ids)
-    numbers = torch.stack([q.min(0).values, v.min(0).values, advantage(q, v), (log_p * spoken).sum(1)], 1).tolist()
-    turns = [f"> {t.a:<24} r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}\n"
-             + (t.s2.rstrip("\n").removeprefix(t.s.rstrip("\n")) or t.s2).rstrip("\n") for t, (q, v, A, log_p) in zip(episode, numbers)]
-    return "\n".join([f"{title}: return {sum(t.r for t in episode):g}", s[0].rstrip("\n"), *turns, ""])
+def metrics(learner, critic_steps, actor_steps):
+    """The numbers of an iteration, as README explains them."""
+    q, v = torch.stack(critic_steps).mean(0).tolist()
+    numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
+    if actor_steps:
+        A = torch.stack([A for rows, _ in actor_steps for _, _, A in rows])
+        numbers["actor_loss"] = sum(loss.item() for _, loss in actor_steps) / len(actor_steps)
+        numbers["advantage_std"] = A.std(correction=0).item()
+    if learner.played:
+        first = learner.critic.embed([episode[0].s for episode in learner.played])
+        numbers["value"] = learner.critic.v(first).min(0).values.mean().item()
+        numbers["discounted_return"] = mean_return(learner.played, learner.c.gamma)
+        numbers["return"] = mean_return(learner.played)
+        numbers["turns"] = sum(map(len, learner.played)) / len(learner.played)
+    return numbers
 
 
-def plot_curve(metrics, summary, c, path):
-    """Left: return against episodes, between random play and the optimum. Right: what the critic expects at the
-    start of an episode against what the actor then earns."""
-    x, figure = [m["iteration"] * c.episodes for m in metrics], Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(x, [m["return"] for m in metrics], color="#0072B2", label="ArCHer, sampled play")
-    for name, style in (("optimum", "--"), ("start", "-."), ("random", ":")):
-        if summary[name] is not None:
-            left.axhline(summary[name], color="black", linestyle=style, linewidth=1, label=f"{name} {summary[name]:.2f}")
-    right.plot(x, [m["value"] for m in metrics], color="#D55E00", linestyle="--", label="expected: V of the first state")
-    right.plot(x, [m["discounted_return"] for m in metrics], color="#0072B2", label="earned: discounted return")
-    for axes, title in ((left, f"{c.env}, seed {c.seed}"), (right, "what the critic expects, what the actor earns")):
-        axes.axvspan(0, c.warmup_iterations * c.episodes, color="0.92", label="critic only")
-        axes.set(xlabel="episodes played", ylabel="discounted return" if axes is right else "return of an episode", title=title)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
+def write_json(path, lines):
+    """A value a line."""
+    with explained(f"cannot write {path}"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
 
 
-def table(summary):
-    """The returns of the summary, from chance to the optimum, and where the time went."""
-    rows = {"random": "random play, exact", "start": "after the warm start, sampled", "end": "after ArCHer, sampled",
-            "greedy": "after ArCHer, greedy", "optimum": "optimum, or a bound on it", "gap_closed": "gap closed, start to optimum"}
-    lines = [f"{text:<32}{summary[name]:8.3f}" for name, text in rows.items() if summary[name] is not None]
-    lines += [f"{'seconds: ' + phase:<32}{seconds:8.1f}" for phase, seconds in summary["phases"].items()]
-    return "\n".join(lines) + "\n{episodes} episodes, {utterances} utterances, {seconds:.0f} seconds on {device}".format(**summary)
+def read_episodes(path):
+    """An episode a line, in JSON: a list of turns [s, a, r, s', done]."""
+    with explained(f"cannot read episodes from {path}, a list of [s, a, r, s', done] a line"):
+        episodes = [json.loads(x) for x in Path(path).read_text(encoding="utf-8").splitlines()]
+        require(all(math.isfinite(r) for e in episodes for _, _, r, _, _ in e), "infinite reward")
+    return episodes
 
 
-def prepare(c, new=True):
-    """Checks the settings and loads or makes all that they name. Returns the settings as they will be used, actor and critic
-    before any training, and the episodes to begin with."""
-    check(c, new)
+def check(c):
+    """Raises UserError for settings that cannot work."""
+    choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
+    for name, known in choices.items():
+        require(getattr(c, name) in known, f"--{name}: choose from {', '.join(known)}")
+    positive = {"actor_lr", "critic_lr", "warm_start_lr", "clip", "batch", "capacity"}
+    positive |= {"critic_steps", "utterance_tokens", "ppo_epochs", "evaluation_episodes"}
+    for name, value in vars(c).items():
+        if not isinstance(value, str):
+            most = 1 if name in ("gamma", "tau", "expectile") else 1e9
+            least = 1e-9 if name in positive else 0
+            require(least <= value <= most, f"--{name} must be {least:g} to {most:g}, not {value}")
+
+
+def prepare(c):
+    """Checks the settings and makes what they name, before any training.
+
+    Returns the settings as they will be used, actor, critic, and the episodes to begin with, lists
+    of transitions.
+    """
+    check(c)
     torch.manual_seed(c.seed)
-    game, played, cut = GAMES[c.env], [], None
+    game = GAMES[c.env]
+    episodes = []
     if c.offline:
-        played, cut = read_episodes(c.offline), c.utterance_tokens  # what was cut in play has no end token
-        c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, played))))
+        episodes = read_episodes(c.offline)
+        c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, episodes))))
     elif c.demonstrations and hasattr(game, "demonstrations"):
-        played = game.demonstrations(c.demonstrations, c.seed)
-    require(c.episodes or any(played), "there is nothing to learn from: no play (--episodes, --offline) and no demonstrations")
-    actor, critic = build(c, [s + a + "\n" + s2 for episode in played for s, a, _, s2, _ in episode])
-    demonstrations = [[Transition(s, a, [*actor.tokens_of(a), actor.end][:cut], *rest) for s, a, *rest in e] for e in played]
-    longest = max((len(t.ids) for episode in demonstrations for t in episode), default=0)
-    require(longest <= c.utterance_tokens or c.offline, f"a demonstrated utterance has {longest} tokens, more than --utterance-tokens")
-    require(len(actor.tokens_of(try_game(game))) <= actor.room, f"an observation has more tokens than --utterance-tokens leave: {actor.room}")
+        episodes = game.demonstrations(c.demonstrations, c.seed)
+    turns = [turn for episode in episodes for turn in episode]
+    require(turns or (c.actor and c.episodes), "nothing to learn from: have demonstrations or play")
+    actor, critic = build(c, [f"{s}{a}\n{s2}" for s, a, _, s2, _ in turns])
+    with explained(f"{c.env} is no game as README describes one"):
+        one_game = game()
+        s, _ = one_game.reset(seed=0)
+        s2, r, _, _, _ = one_game.step("look")  # terminated, truncated, info
+        longest = max(len(actor.tokens_of(s)), len(actor.tokens_of(s2)))
+        require(longest <= actor.state_tokens, f"an observation has {longest} tokens, too many")
+        require(math.isfinite(r), f"it pays {r}")
+    ids = {a: [*actor.tokens_of(a), actor.end] for _, a, _, _, _ in turns}
+    longest = max(map(len, ids.values()), default=0)
+    require(longest <= c.utterance_tokens, f"--utterance-tokens must be {longest} for this data")
+    demonstrations = [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
     return c, actor, critic, demonstrations
 
 
+def dialogue(episode, actor, critic):
+    """An episode as text: a line a turn with reward, Q, V, advantage and log-probability."""
+    s, a, token_ids, *_ = zip(*episode, strict=True)
+    q, v = critic(s, a)
+    log_p, spoken = actor.log_probs(s, token_ids)
+    columns = [q.min(0).values, v.min(0).values, advantage(q, v), (log_p * spoken).sum(1)]
+    lines = []
+    for t, (q, v, A, log_p) in zip(episode, torch.stack(columns, 1).tolist(), strict=True):
+        numbers = f"r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}"
+        lines += [t.s.strip()[-80:], f"> {t.a:<24} {numbers}"]
+    return "\n".join([*lines, episode[-1].s2.strip()[-80:]])
+
+
+def write_checkpoint(path, state):
+    """Whole, or not at all: a run that is stopped meanwhile keeps the checkpoint before."""
+    with explained(f"cannot write {path}"):
+        torch.save(state, f"{path}.part")
+        Path(f"{path}.part").replace(path)
+
+
 def run(c, saved=None):
-    """Warm start, train, evaluate, write everything into a folder; or go on with what a checkpoint saved. Returns the summary."""
-    c, actor, critic, demonstrations = prepare(c, new=saved is None)
-    game, folder = GAMES[c.env], pathlib.Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
+    """A whole run: warm start, Algorithm 1, evaluation. saved: a checkpoint to go on from."""
+    began = time.time()
+    c, actor, critic, demonstrations = prepare(c)
+    game = GAMES[c.env]
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # with seeds of its own
+    folder = Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
     print(f"writing into {folder}/; if it is stopped: python archer.py --resume {folder}")
-    log, (optimum, chance) = Log(c, actor, folder, saved), [getattr(game, f"{who}_return", lambda: None)() for who in ("optimal", "random")]
-    test = lambda k, greedy=False: rollout(game, actor, c.evaluation_episodes, random.Random(f"test {k} {c.seed}"), greedy)
     if not saved:
-        write(folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1) + "\n")
+        require(not (folder / "checkpoint.pt").exists(), f"{folder} holds a run: --resume it")
+        write_json(folder / "config.json", [dataclasses.asdict(c)])
         warm_start(actor, demonstrations, c)
-        before = test(1)
-        log.memory |= {"start": finite(mean_return(before)), "before": [*map(tuple, before[0])]}
-    train(game, actor, critic, demonstrations, c, log.report, log.begin, log.lap)
+        start = mean_return(evaluate(random.Random(f"start {c.seed}")))
+        saved = {"config": dataclasses.asdict(c), "metrics": [], "start": start}
+    learner = variant(c)(game, actor, critic, demonstrations, c)
+    if "learner" in saved:
+        with explained(f"the checkpoint in {folder} belongs to another run"):
+            learner.load_state_dict(saved["learner"])
+    for i in tqdm(range(learner.iteration, c.iterations), "ArCHer"):
+        if i % (c.checkpoint_every or c.iterations) == 0:
+            write_checkpoint(folder / "checkpoint.pt", saved | {"learner": learner.state_dict()})
+        saved["metrics"].append(learner.iterate())
+        write_json(folder / "metrics.jsonl", saved["metrics"])
+    write_checkpoint(folder / "checkpoint.pt", saved | {"learner": learner.state_dict()})
     with explained(f"cannot write {folder}/actor"):
-        actor.model.save_pretrained(folder / "actor"), actor.tokenizer.save_pretrained(folder / "actor")
-    if c.save_data:
-        write_episodes(c.save_data, [[(s, a, r, s2, done) for s, a, _, r, s2, done in e] for e in demonstrations + log.memory["played"]])
-    metrics, utterances, start, after = log.memory["metrics"], actor.utterances, log.memory["start"], test(2)
-    end, greedy = finite(mean_return(after)), finite(mean_return(test(3, greedy=True)))
-    summary = {"game": c.env, "seed": c.seed, "random": chance, "start": start, "end": end, "greedy": greedy, "optimum": optimum,
-        "gap_closed": None if optimum in (None, start) else (end - start) / (optimum - start), "episodes": c.iterations * c.episodes,
-        "utterances": utterances, "device": str(actor.model.device), "seconds": time.time() - log.began,
-        "phases": {p: sum(m["seconds"][p] for m in metrics) for p in (metrics[0]["seconds"] if metrics else ())}}
-    titles = ("Before training, judged by the trained models", [Transition(*t) for t in log.memory["before"]]), ("After training", after[0])
-    text = "\n".join(dialogue(title, episode, actor, critic) for title, episode in titles)
-    write(folder / "dialogues.txt", text)
-    c.episodes and metrics and write(folder / "curve.png", partial(plot_curve, metrics, summary, c))
-    write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    print(f"\n{text}\n{table(summary)}\nfigure, model and the rest: {folder}/")
+        actor.model.save_pretrained(folder / "actor")
+        actor.tokenizer.save_pretrained(folder / "actor")
+    episodes = evaluate(random.Random(f"end {c.seed}"))
+    print("\n" + dialogue(episodes[0], actor, critic) + "\n")
+    summary = {"game": c.env, "seed": c.seed, "start": saved["start"], "end": mean_return(episodes)}
+    summary["greedy"] = mean_return(evaluate(random.Random(f"greedy {c.seed}"), greedy=True))
+    if hasattr(game, "optimal_return"):
+        summary["optimum"] = game.optimal_return()
+    summary |= {"episodes": c.iterations * c.episodes, "seconds": round(time.time() - began)}
+    write_json(folder / "summary.json", [summary])
+    print("\n".join(f"{name:<10} {value}" for name, value in summary.items()))
     return summary
 
 
 def main(arguments=None):
-    """The command line: one option a setting, its help the setting's comment."""
-    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", pathlib.Path(__file__).read_text(), re.M))
-    parser = argparse.ArgumentParser("archer.py", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(Config):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default, help=comments[field.name])
-    parser.add_argument("--preset", choices=["paper"], help="the paper's models and settings; where it is silent, its code's")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on where the run in this folder was stopped; takes no other option")
-    given, game = (known := parser.parse_known_args(arguments)[0]), GAMES.get(known.env)
-    if given.resume:
-        require(parser.parse_args(arguments) == parser.parse_args(["--resume", given.resume]), "--resume takes no other option")
-        with explained(f"cannot go on from {given.resume}, by its config.json and checkpoint.pt (without the latter it begins again)"):
-            settings, file = json.loads(pathlib.Path(given.resume, "config.json").read_text()), pathlib.Path(given.resume, "checkpoint.pt")
-            c, saved = Config(**settings | {"out": given.resume}), {**torch.load(file, "cpu", weights_only=True)} if file.exists() else {}
-        return run(c, saved)
-    require(not given.preset or hasattr(game, given.preset), f"the game {given.env} has no preset {given.preset}")
-    parser.set_defaults(**getattr(game, "settings", {}) | (getattr(game, given.preset) if given.preset else {}))
-    run(Config(**{name: value for name, value in vars(parser.parse_args(arguments)).items() if name not in ("preset", "resume")}))
+    """The command line: an option for each setting, and one line for each mistake."""
+    parser = transformers.HfArgumentParser(Config, prog="archer.py", description=__doc__)
+    parser.add_argument("--preset", choices=["paper"], help="the paper's models and settings")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
+    options, _ = parser.parse_known_args(arguments)
+    game, folder = GAMES.get(options.env), options.resume
+    try:
+        if folder:
+            alone = parser.parse_args(arguments) == parser.parse_args(["--resume", folder])
+            require(alone, "--resume takes no other option")
+            with explained(f"cannot go on from {folder}"):
+                saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
+                return run(Config(**saved["config"] | {"out": folder}), saved)
+        preset = getattr(game, "paper", None) if options.preset else {}
+        require(preset is not None, f"the game {options.env} has no preset")
+        parser.set_defaults(**getattr(game, "settings", {}) | preset)
+        return run(parser.parse_args_into_dataclasses(arguments)[0])
+    except (UserError, FloatingPointError) as error:
+        parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")
 
 
 if __name__ == "__main__":

@@ -1,236 +1,233 @@
-"""Small text games with exact answers, in the Gymnasium calling convention (without depending on Gymnasium).
+"""Small text games whose exact answers are known.
+
+They follow the Gymnasium calling convention without depending on Gymnasium:
 
     game = GAMES["detective"]()
     observation, info = game.reset(seed=0)
     observation, reward, terminated, truncated, info = game.step("go north")
 
-A game of your own needs these two methods and no base class. The games below share `TextGame`, because each is "one hidden
-thing, drawn uniformly; everything else follows the rules": that is enough to solve them exactly by dynamic programming. The one
-that is too large for it says between which bounds its optimum lies.
+Your own game needs only these two methods and no base class. The games below share `TextGame`: in
+each of them one hidden thing is drawn uniformly, and everything else follows fixed rules. Dynamic
+programming therefore solves them exactly. One game is too large for that: its optimum is known
+only between a lower and an upper bound.
 """
 
-import contextlib
 import functools
 import itertools
-import json
-import math
-import pathlib
 import random
-import re
-import sys
-
-
-def require(condition, message):
-    """One clear line instead of a traceback; exit code 2."""
-    if not condition:
-        print(f"\narcher: {message}", file=sys.stderr)  # on a line of its own, whatever bar of progress there is
-        raise SystemExit(2)
-
-
-def finite(returns):
-    """The mean return of an evaluation, if it is a number."""
-    require(math.isfinite(returns), "in an evaluation the game paid a reward that is not finite")
-    return returns
-
-
-@contextlib.contextmanager
-def explained(what):
-    """An error inside becomes one such line: what could not be done, and the first sentence of the reason."""
-    try:
-        yield
-    except Exception as error:
-        reason = re.split(r"\n|(?<=\w)\. ", str(error).strip() or type(error).__name__)[0]
-        require(False, f"{what}: {reason[:120]}")
-
-
-def write(file, content):
-    """Puts a file in place whole, or not at all: whoever is killed meanwhile leaves the old one. content: text, or a function that
-    writes to the path it is given."""
-    file, draft = pathlib.Path(file), pathlib.Path(f"{file}.part")
-    with explained(f"cannot write {file}"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(content, encoding="utf-8") if isinstance(content, str) else content(draft)
-        draft.replace(file)
-
-
-def write_episodes(file, episodes):
-    """Episodes, as `demonstrations` returns them, in JSON: a line an episode, a list of its turns, each [s, a, r, s', done]."""
-    write(file, "".join(json.dumps(episode) + "\n" for episode in episodes))
-
-
-def read_episodes(file):
-    """What `write_episodes` wrote, or anybody else in its format."""
-    with explained(f"cannot read episodes from {file}, a list of [s, a, r, s', done] a line"):
-        lines = pathlib.Path(file).read_text().splitlines()
-        episodes = [[(str(s), str(a), float(r), str(s2), bool(done)) for s, a, r, s2, done in json.loads(line)] for line in lines]
-        if not all(math.isfinite(r) for episode in episodes for _, _, r, _, _ in episode):
-            raise ValueError("a reward is not a number, or infinite")
-        return episodes
-
-
-def try_game(game):
-    """One turn of a game, before any work is done. Returns the first observation."""
-    with explained(f"{game.__name__} is no game: reset(seed=...) -> (observation, info), step(utterance) -> "
-                   "(observation, reward, terminated, truncated, info)"):
-        played = game()
-        s, _ = played.reset(seed=0)
-        s2, r, _, _, _ = played.step("look")
-        if not (isinstance(s, str) and isinstance(s2, str) and math.isfinite(r)):
-            raise ValueError(f"it returned {s!r}, then {s2!r} with the reward {r!r}")
-    return s
+from statistics import fmean
 
 
 class TextGame:
-    """One hidden thing, fixed rules, `limit` turns. Subclasses fill in the attributes, `rules` and `observe`.
+    """One hidden thing, fixed rules, `limit` turns.
 
-    Any string is a legal utterance: what the rules do not know costs a turn and gets an answer.
+    A subclass fills in the attributes, `rules` and `observe`. Any string is a legal utterance: one
+    that the rules do not understand costs a turn and gets a reply.
     """
 
-    hidden_things: tuple  # what may be hidden; `reset` draws one, options={"hidden": ...} picks one
-    public = False  # whether the first observation tells which it is: then it is a goal, and only the way there is to be found
+    hidden_things: tuple  # everything that may be hidden; `reset` draws one uniformly
+    public = False  # whether the first observation shows the hidden thing, which is then a goal
     utterances: tuple  # every utterance that the rules understand
-    start = ()  # the public position at the start, hashable
-    limit: int  # turns in an episode
-    limit_is_part_of_task: bool  # see `step`
-    settings = {}  # what the command line takes for this game in place of archer.py's defaults, each with its reason
-    paper = {  # `--preset paper`, under archer.py's names; a game of the paper's adds its own row
-        "actor": "gpt2", "critic": "roberta-base",
-        "episodes": 128, "batch": 256, "critic_steps": 50, "actor_steps": 3, "capacity": 10_000,  # table of hyper-parameters, as transcribed
-        "critic_lr": 2e-5, "actor_lr": 1e-5, "tau": 0.1, "clip": 1.0, "utterance_tokens": 32,  # released configurations
-        "warm_start_lr": 1e-4, "head_gain": 0.6,  # ours: neither says; the second is about torch's own initial weights
+    start = ()  # the position at the start; positions are hashable and known to the player
+    limit: int  # maximum number of turns in an episode
+    limit_is_part_of_task: bool  # True: the limit terminates; False: it truncates; see `step`
+    skill = 0.5  # the best demonstrator's probability of saying the optimal utterance in a turn
+    settings = {}  # what the command line changes in archer.py's defaults for this game, and why
+    paper = {  # what `--preset paper` changes; every game adds the paper's values for its task
+        # the paper's models
+        "actor": "gpt2",
+        "critic": "roberta-base",
+        # the paper's table of hyper-parameters
+        "episodes": 128,
+        "batch": 256,
+        "critic_steps": 50,
+        "actor_steps": 3,
+        "capacity": 10_000,
+        # the configurations released with the paper's code
+        "critic_lr": 2e-5,
+        "actor_lr": 1e-5,
+        "tau": 0.1,
+        "clip": 1.0,
+        "utterance_tokens": 32,
+        # our choice: neither source gives a value
+        "warm_start_lr": 1e-4,
     }
-    skill = 0.5  # of the best demonstrator: how often it says what the best player would say
 
     def rules(self, position, hidden, utterance):
-        """(position, hidden, utterance) -> (position, reply, reward, over). Pure: the same input gives the same output."""
+        """Returns (next position, reply, reward, over). Pure: equal inputs give equal outputs."""
         raise NotImplementedError
 
     def observe(self):
-        """The observation: all that the agent may know, ending in a newline."""
+        """Returns the observation: all that the agent may know, as text that ends in a newline."""
         raise NotImplementedError
 
     def reset(self, *, seed=None, options=None):
-        """Starts an episode. Returns (observation, info)."""
-        hidden = (options or {}).get("hidden")
-        self.hidden = random.Random(seed).choice(self.hidden_things) if hidden is None else hidden
-        self.possible, self.seen = (self.hidden,) if self.public else self.hidden_things, []  # before what is seen, and that: `belief`
-        self.position, self.turns, self.history = self.start, 0, []
+        """Starts an episode. Returns (observation, info).
+
+        options={"hidden": thing} chooses the hidden thing; otherwise `seed` determines it.
+        """
+        self.hidden = (options or {}).get("hidden")
+        if self.hidden is None:
+            self.hidden = random.Random(seed).choice(self.hidden_things)
+        # belief: the hidden things that are consistent with everything the player has seen
+        self.belief = (self.hidden,) if self.public else self.hidden_things
+        self.position = self.start
+        self.turns = 0
+        self.history = []  # (utterance, reply) of every turn
         return self.observe(), {}
 
     def step(self, utterance):
-        """One turn. Returns (observation, reward, terminated, truncated, info).
+        """Plays one turn. Returns (observation, reward, terminated, truncated, info).
 
-        Where the turn limit belongs to the task (Twenty Questions: asking in time is the point, and the dialogue shows the
-        turn) running out of turns is `terminated`: nothing follows, so a critic must not bootstrap. Where it only keeps
-        episodes short (Detective: the observation has no clock) it is `truncated`, and the critic bootstraps as if play
-        went on; otherwise the same state would have two different values.
+        Case and extra whitespace in the utterance do not matter. What happens when the turns run
+        out depends on `limit_is_part_of_task`:
+
+        - True: the episode is `terminated`. Nothing follows, so a critic must not bootstrap. In
+          Twenty Questions, for example, the task is to find out in time, and the observation, the
+          dialogue, shows which turn it is.
+        - False: the limit only keeps episodes short, and the episode is `truncated`. The critic
+          bootstraps as if play continued. In Detective, for example, the observation does not show
+          the turn, so without bootstrapping the same state would have two different values.
         """
         utterance = " ".join(utterance.lower().split())
-        outcome = self.rules(self.position, self.hidden, utterance)
-        self.seen.append((self.position, utterance, outcome))
+        before = self.position
+        outcome = self.rules(before, self.hidden, utterance)
+        self.belief = tuple(h for h in self.belief if self.rules(before, h, utterance) == outcome)
         self.position, reply, reward, over = outcome
         self.turns += 1
         self.history.append((utterance, reply))
         out_of_turns = self.turns == self.limit and not over
         terminated = over or (out_of_turns and self.limit_is_part_of_task)
-        return self.observe(), reward, terminated, out_of_turns and not terminated, {}
-
-    @property
-    def belief(self):
-        """The hidden things that agree with all that was seen. Worked out when asked, as nobody but the best player asks."""
-        for position, utterance, outcome in self.seen:
-            self.possible = tuple(h for h in self.possible if self.rules(position, h, utterance) == outcome)
-        self.seen.clear()
-        return self.possible
+        truncated = out_of_turns and not terminated
+        return self.observe(), reward, terminated, truncated, {}
 
     @classmethod
     def demonstrations(cls, episodes, seed=0):
-        """Seeded sub-optimal play: a list of episodes, each a list of (s, a, r, s', done)."""
-        rng, played = random.Random(seed), []
+        """Suboptimal play. The skill of each episode is drawn uniformly from [0, cls.skill].
+
+        Returns a list of episodes, each a list of transitions (s, a, r, s', done). The same seed
+        gives the same list. done is `terminated`: a truncated episode ends with done = False.
+        """
+        rng = random.Random(seed)
+        played = []
         for _ in range(episodes):
-            game, episode, ended, skill = cls(), [], False, rng.uniform(0, cls.skill)
+            game = cls()
+            skill = rng.uniform(0, cls.skill)
             s, _ = game.reset(seed=rng.randrange(2**31))
+            episode = []
+            ended = False
             while not ended:
                 a = game.demonstrate(rng, skill)
                 s2, r, done, truncated, _ = game.step(a)
                 episode.append((s, a, r, s2, done))
-                s, ended = s2, done or truncated
+                s = s2
+                ended = done or truncated
             played.append(episode)
         return played
 
     def demonstrate(self, rng, skill):
-        """What the sub-optimal player says: the best with a probability of `skill`, drawn anew for every episode, or anything."""
+        """Returns the best utterance with probability `skill`, otherwise a random one."""
         return self.best_utterance() if rng.random() < skill else rng.choice(self.utterances)
 
     @classmethod
     @functools.cache
     def outcomes(cls, position, belief, utterance):
-        """What may follow an utterance: a list of (probability, position, belief, reward, over)."""
-        groups = {}
+        """Returns what may follow an utterance.
+
+        A list of (probability, next position, next belief, reward, over), with one entry for every
+        outcome that the player can tell apart.
+        """
+        groups = {}  # outcome of the rules: the hidden things that lead to it
         for hidden in belief:
-            groups.setdefault(cls.rules(cls, position, hidden, utterance), []).append(hidden)
-        return [(len(b) / len(belief), p, tuple(b), r, over) for (p, _, r, over), b in groups.items()]
+            # `rules` reads class attributes only, so it accepts the class in place of an instance
+            outcome = cls.rules(cls, position, hidden, utterance)
+            groups.setdefault(outcome, []).append(hidden)
+        return [
+            (len(group) / len(belief), next_position, tuple(group), reward, over)
+            for (next_position, _, reward, over), group in groups.items()
+        ]
 
     @classmethod
     @functools.cache
-    def value(cls, position, belief, turns_left, choose=max, hurry=0.0):
-        """Exact expected return (undiscounted) when `choose` makes one value of the values of all utterances.
+    def value(cls, position, belief, turns_left, choose=max, turn_cost=0.0):
+        """Returns the exact expected return, undiscounted.
 
-        belief: the hidden things that agree with all that was seen. hurry: what a turn costs on top of the rules.
+        belief: tuple of the hidden things that are still possible. choose: reduces the values of
+        all utterances to one; `max` gives the optimal player, `fmean` the uniformly random one.
+        turn_cost: subtracted from the reward of every turn.
         """
         if turns_left == 0:
             return 0.0
-        return choose(cls.utterance_value(position, belief, turns_left, u, choose, hurry) for u in cls.utterances)
+        return choose(
+            cls.utterance_value(position, belief, turns_left, utterance, choose, turn_cost)
+            for utterance in cls.utterances
+        )
 
     @classmethod
-    def utterance_value(cls, position, belief, turns_left, utterance, choose=max, hurry=0.0):
-        """Exact expected return when `utterance` comes next and `choose` picks all that follow."""
-        return sum(p * (r - hurry + (0.0 if over else cls.value(position2, belief2, turns_left - 1, choose, hurry)))
-                   for p, position2, belief2, r, over in cls.outcomes(position, belief, utterance))
+    def utterance_value(cls, position, belief, turns_left, utterance, choose=max, turn_cost=0.0):
+        """Like `value`, but `utterance` is said now and `choose` applies from the next turn on."""
+        total = 0.0
+        outcomes = cls.outcomes(position, belief, utterance)
+        for probability, next_position, next_belief, reward, over in outcomes:
+            future = 0.0
+            if not over:
+                future = cls.value(next_position, next_belief, turns_left - 1, choose, turn_cost)
+            total += probability * (reward - turn_cost + future)
+        return total
 
     @classmethod
     def optimal_return(cls):
-        """The expected return of the best player, by backward induction over (position, belief, turns left)."""
+        """Expected return of the optimal player.
+
+        Exact, by backward induction over (position, belief, turns left).
+        """
         beliefs = [(h,) for h in cls.hidden_things] if cls.public else [cls.hidden_things]
-        return _mean_of(cls.value(cls.start, belief, cls.limit) for belief in beliefs)
+        return fmean(cls.value(cls.start, belief, cls.limit) for belief in beliefs)
 
     @classmethod
     def random_return(cls):
-        """The expected return of the player that picks uniformly from `utterances`: exact, as it ignores its belief."""
-        return _mean_of(cls.value(cls.start, (h,), cls.limit, _mean_of) for h in cls.hidden_things)
+        """Expected return of the player that draws uniformly from `utterances`.
+
+        Exact. This player ignores what it sees, so each hidden thing can be evaluated on its own.
+        """
+        return fmean(cls.value(cls.start, (h,), cls.limit, fmean) for h in cls.hidden_things)
 
     def best_utterance(self):
-        """What the optimal player says now; of equally good ways the quickest."""
+        """Returns the optimal player's utterance in the present state of the game."""
         return self.best(self.position, self.belief, self.limit - self.turns)
 
     @classmethod
     @functools.cache
     def best(cls, position, belief, turns_left):
-        return max(cls.utterances, key=lambda u: cls.utterance_value(position, belief, turns_left, u, max, 1e-6))
-
-
-def _mean_of(values):
-    values = list(values)
-    return sum(values) / len(values)
+        """Returns the optimal utterance, the quickest if there are several: turns cost a little."""
+        return max(
+            cls.utterances,
+            key=lambda u: cls.utterance_value(position, belief, turns_left, u, turn_cost=1e-6),
+        )
 
 
 class TwentyQuestions(TextGame):
-    """Which of eleven things is it? Ask ("alive?") or guess ("dog?"); the answer is yes, no or, to nonsense, what?
+    """Which of eleven things is it? The player asks ("alive?") or guesses ("dog?").
 
-    Reward -1 a turn, 0 on the winning turn; after turn 20 the game is lost. The observation is the whole dialogue so far, an
-    answer joined to the last word of its utterance, "alive?no": in "alive? no" a network of this size would have to find out
-    first which answer belongs to which question.
+    The reply is "yes" or "no", or "what?" to an utterance that is not understood. Reward -1 a turn,
+    0 on the winning turn; after turn 20 the game is lost. The observation is the dialogue so far.
+    Each reply is joined to the last word of its utterance, as in "alive?no". With a space, "alive?
+    no", a small network would first have to learn which reply belongs to which question.
+
     Optimum -3, in 4 turns on average; random play -10.05; demonstrations about -7.0.
-    The paper's game has 157 words, ten in its subset, and an oracle that is itself a language model.
+
+    The paper's game has 157 words, ten in its subset, and its oracle is a language model.
     """
 
-    facts = {
+    facts = {  # question: the things for which the answer is yes
         "alive?": "dog cow eagle shark rose oak",
         "big?": "cow oak car boat",
         "at home?": "dog rose piano spoon book",
     }
-    hidden_things = ("dog", "cow", "eagle", "shark", "rose", "oak", "car", "boat", "piano", "spoon", "book")
-    replies = {(question, thing): "yes" for question, things in facts.items() for thing in things.split()}  # else no
+    replies = {  # (question, thing): reply; the reply to every other question is "no"
+        (question, thing): "yes" for question, things in facts.items() for thing in things.split()
+    }
+    hidden_things = tuple(dict.fromkeys(thing for _, thing in replies))  # each thing once, in order
     guesses = {f"{thing}?": thing for thing in hidden_things}
     utterances = (*facts, *guesses)
     limit = 20
@@ -240,59 +237,91 @@ class TwentyQuestions(TextGame):
     def rules(self, position, hidden, utterance):
         if self.guesses.get(utterance) == hidden:
             return position, "yes", 0.0, True
-        understood = utterance in self.facts or utterance in self.guesses
-        return position, self.replies.get((utterance, hidden), "no") if understood else "what?", -1.0, False
+        if utterance in self.facts or utterance in self.guesses:
+            return position, self.replies.get((utterance, hidden), "no"), -1.0, False
+        return position, "what?", -1.0, False
 
     def observe(self):
-        return "Questions:" + "".join(f" {u}{reply}" for u, reply in self.history) + "\n"
+        dialogue = "Questions:"
+        for utterance, reply in self.history:
+            dialogue += f" {utterance}{reply}"
+        return dialogue + "\n"
 
 
 class TwentyQuestionsFull(TwentyQuestions):
-    """Twenty Questions at a size where a pretrained GPT-2 is wanted: 108 things of twelve kinds, 130 names, 38 questions.
+    """Twenty Questions, large enough to need a pretrained GPT-2.
 
-    Rules, reward, turns and observation are those of the small game; any name of a thing will do for a guess, and some things
-    only a guess can tell apart.
-    Optimum between -6.47 and -6.22. The first is what `best_utterance` earns (`greedy_return`): it is greedy, and asks what
-    splits the rest most evenly. The second is a bound (`optimal_return`): what could be earned if there were a question for
-    every way to split the rest. Random play -18.57, exact; demonstrations about -13.5.
-    The paper's game has 157 words, the same reward and 20 turns, and an oracle that is itself a language model.
+    It has 108 things of twelve kinds, 130 names and 38 questions. Rules, reward, turns and
+    observation are those of the small game. A guess may use any name of a thing. Some things can be
+    told apart only by a guess.
+
+    Optimum between -6.47 and -6.22; random play -18.57, exact; demonstrations about -13.5.
+
+    The lower end is what `best_utterance` earns (`greedy_return`). It is greedy: it asks the
+    question that splits the belief most evenly. The upper end is a bound (`optimal_return`): the
+    best return if there were a question for every way to split the belief.
+
+    The paper's game has 157 words, the same reward and 20 turns, and its oracle is a language
+    model.
     """
 
-    kinds = {  # names with a slash between them are names of the same thing
+    kinds = {  # kind: its things; a slash separates the names of one thing
         "mammal": "dog/hound cat/kitten cow/cattle horse/pony lion mouse whale bat elephant",
         "bird": "eagle sparrow penguin duck owl chicken/hen parrot swan ostrich",
         "fish": "shark salmon tuna eel goldfish herring cod trout seahorse",
         "insect": "bee ant butterfly fly mosquito beetle/bug moth wasp cricket",
         "plant": "rose oak grass cactus tulip pine ivy daisy palm",
         "food": "apple bread cheese rice banana egg carrot soup cake",
-        "vehicle": "car/automobile bus bicycle/bike plane/airplane boat/ship train truck/lorry rocket tractor",
+        "vehicle": (
+            "car/automobile bus bicycle/bike plane/airplane boat/ship train truck/lorry rocket "
+            "tractor"
+        ),
         "tool": "hammer saw knife scissors needle shovel/spade axe ladder drill",
         "instrument": "piano guitar drum violin/fiddle flute trumpet harp bell organ",
         "furniture": "table chair bed sofa/couch lamp mirror shelf carpet/rug clock",
         "garment": "shirt hat/cap shoe/boot sock coat/jacket glove scarf belt dress",
-        "device": "telephone/phone computer camera television/tv radio fridge/refrigerator oven/stove kettle fan",
+        "device": (
+            "telephone/phone computer camera television/tv radio fridge/refrigerator oven/stove "
+            "kettle fan"
+        ),
     }
     facts = {  # question: the kinds and things for which the answer is yes
         "alive?": "mammal bird fish insect plant",
         "animal?": "mammal bird fish insect",
         **{f"{kind}?": kind for kind in kinds},
-        "flies?": "bat eagle sparrow duck owl parrot swan bee butterfly fly mosquito moth wasp beetle plane rocket",
+        "flies?": (
+            "bat eagle sparrow duck owl parrot swan bee butterfly fly mosquito moth wasp beetle "
+            "plane rocket"
+        ),
         "swims?": "fish whale penguin duck swan boat",
-        "big?": "cow horse lion whale elephant ostrich shark oak pine palm car bus plane boat train truck rocket tractor piano "
-                "organ bed sofa",
+        "big?": (
+            "cow horse lion whale elephant ostrich shark oak pine palm car bus plane boat train "
+            "truck rocket tractor piano organ bed sofa"
+        ),
         "tiny?": "insect mouse needle sparrow daisy rice seahorse",
         "edible?": "food cow chicken duck salmon tuna eel herring cod trout",
-        "dangerous?": "lion eagle shark bee mosquito wasp knife saw axe rocket cactus drill elephant",
-        "electric?": "computer camera television radio telephone fridge oven kettle fan drill lamp train organ",
+        "dangerous?": (
+            "lion eagle shark bee mosquito wasp knife saw axe rocket cactus drill elephant"
+        ),
+        "electric?": (
+            "computer camera television radio telephone fridge oven kettle fan drill lamp train "
+            "organ"
+        ),
         "wooden?": "oak pine piano guitar violin harp table chair bed shelf ladder boat palm",
-        "metal?": "vehicle hammer saw knife scissors needle axe drill shovel trumpet flute bell oven kettle fridge",
+        "metal?": (
+            "vehicle hammer saw knife scissors needle axe drill shovel trumpet flute bell oven "
+            "kettle fridge"
+        ),
         "wheels?": "car bus bicycle plane train truck tractor",
         "striped?": "bee wasp tuna trout",
         "white?": "swan rice egg daisy fridge cheese shirt",
         "yellow?": "bee banana lion cheese butterfly tulip bus daisy",
         "green?": "grass cactus ivy pine palm oak parrot tractor cricket beetle",
         "sharp?": "knife saw scissors needle axe cactus rose",
-        "loud?": "lion drum trumpet bell organ plane train rocket truck tractor drill radio parrot dog television",
+        "loud?": (
+            "lion drum trumpet bell organ plane train rocket truck tractor drill radio parrot dog "
+            "television"
+        ),
         "farm?": "cow horse chicken duck tractor carrot apple bee grass egg",
         "kitchen?": "food knife oven kettle fridge table chair clock radio",
         "soft?": "cat mouse moth bed sofa carpet scarf sock coat bread cake cheese banana",
@@ -302,46 +331,65 @@ class TwentyQuestionsFull(TwentyQuestions):
         "strings?": "guitar violin harp piano",
         "nocturnal?": "owl bat moth mosquito mouse cat",
     }
-    replies = {(question, name.split("/")[0]): "yes"
-               for (question, words), (kind, names) in itertools.product(facts.items(), kinds.items()) for name in names.split()
-               if {kind, name.split("/")[0]} & set(words.split())}
-    settings = {"iterations": 100, "warm_start_steps": 2400}  # ten times as many words to learn to say, and when
-    paper = TwentyQuestions.paper | {"warmup_iterations": 20}
-    skill = 0.9
-    guesses = {f"{name}?": names.split("/")[0] for names in " ".join(kinds.values()).split() for name in names.split("/")}
-    hidden_things = tuple(dict.fromkeys(guesses.values()))
+    kind_of = {  # thing: kind; the first of its names stands for the thing
+        names.split("/")[0]: kind for kind, things in kinds.items() for names in things.split()
+    }
+    hidden_things = tuple(kind_of)
+    replies = {
+        (question, thing): "yes"
+        for (question, words), (thing, kind) in itertools.product(facts.items(), kind_of.items())
+        if thing in words.split() or kind in words.split()
+    }
+    guesses = {  # guess: thing
+        f"{name}?": names.split("/")[0]
+        for things in kinds.values()
+        for names in things.split()
+        for name in names.split("/")
+    }
     utterances = (*facts, *guesses)
+    skill = 0.9
+    settings = {"iterations": 100, "warm_start_steps": 2400}  # ten times as many words to learn
+    paper = TwentyQuestions.paper | {"warmup_iterations": 20}
 
     @classmethod
     def optimal_return(cls):
-        """An upper bound on any player's expected return; see `bound`."""
+        """An upper bound on the expected return of every player; see `bound`."""
         return cls.bound(len(cls.hidden_things), cls.limit)
 
     @classmethod
     @functools.cache
     def bound(cls, n, turns_left):
-        """The best expected return with n things left, if there were a question for every way to split them."""
-        if turns_left == 0:
+        """Best expected return with n things left, if every way to split them had a question."""
+        if n == 1 or turns_left == 0:
             return 0.0
-        after = [cls.bound(k, turns_left - 1) for k in range(1, n)]  # after[k - 1]: with k things left
-        guess = (after[-1] - 1) * (n - 1) / n if after else 0.0
-        return max([guess, *((k * a + (n - k) * b) / n - 1 for k, a, b in zip(range(1, n), after, after[::-1]))])
+        after = [cls.bound(k, turns_left - 1) for k in range(1, n)]  # after[k - 1]: k things left
+        values = [(after[-1] - 1) * (n - 1) / n]  # of a guess, which is wrong for n - 1 things
+        for k in range(1, n):  # of a question, whose answer is yes for k things, no for n - k
+            values.append((k * after[k - 1] + (n - k) * after[n - k - 1]) / n - 1)
+        return max(values)
 
     @classmethod
     @functools.cache
     def best(cls, position, belief, turns_left):
-        """Greedy, not quite the best: the question that splits the belief most evenly, or a guess where none splits off two."""
+        """Returns the question that splits the belief most evenly.
+
+        If no question has at least two things on each side, returns a guess instead.
+        """
+
         def larger_part(question):
             yes = sum((question, thing) in cls.replies for thing in belief)
             return max(yes, len(belief) - yes)
 
         question = min(cls.facts, key=larger_part)
-        return f"{belief[0]}?" if larger_part(question) >= len(belief) - 1 else question
+        if larger_part(question) >= len(belief) - 1:
+            return f"{belief[0]}?"
+        return question
 
     @classmethod
     def greedy_return(cls):
-        """The expected return of `best_utterance`, exact: one game for every thing."""
-        game, total = cls(), 0.0
+        """Expected return of `best_utterance`. Exact: it plays one game for every hidden thing."""
+        game = cls()
+        total = 0.0
         for hidden in cls.hidden_things:
             game.reset(options={"hidden": hidden})
             over = False
@@ -352,76 +400,111 @@ class TwentyQuestionsFull(TwentyQuestions):
 
 
 class GuessMyCity(TwentyQuestions):
-    """Which of sixteen cities is it? An open question ("which is its main language?") is answered in words, a guess by yes or no.
+    """Which of sixteen cities is it? Questions are open ("which is its main language?").
 
-    Reward -1 a turn, 0 on the winning turn; after turn 20 the game is lost. The observation is the dialogue so far: of every
-    utterance its last word, joined to the answer ("language?French lima?no"). Some cities only a guess can tell apart.
-    Optimum -1.75, in 2.75 turns on average, as an open question tells more than one for yes or no; random play -11.90;
-    demonstrations about -7.0.
-    The paper's game has 100 cities and an oracle that is itself a language model; its reward and its 20 turns are the same.
+    The reply to a question is a word, the reply to a guess yes or no. Reward -1 a turn, 0 on the
+    winning turn; after turn 20 the game is lost. The observation is the dialogue so far, with only
+    the last word of each utterance, joined to the reply: "language?French lima?no". Some cities can
+    be told apart only by a guess.
+
+    Optimum -1.75, in 2.75 turns on average; random play -11.90; demonstrations about -7.0.
+
+    The optimum is higher than in Twenty Questions because an open question tells more than a yes or
+    no. The paper's game has 100 cities, the same reward and 20 turns, and its oracle is a language
+    model.
     """
 
-    facts = {
+    facts = {  # question: {reply: the cities that get it}
         "which is its home continent?": {
-            "Africa": "cairo algiers lagos nairobi", "America": "lima bogota montreal boston",
-            "Asia": "delhi tokyo osaka", "Europe": "paris marseille dublin berlin vienna"},
+            "Africa": "cairo algiers lagos nairobi",
+            "America": "lima bogota montreal boston",
+            "Asia": "delhi tokyo osaka",
+            "Europe": "paris marseille dublin berlin vienna",
+        },
         "which is its main language?": {
-            "Arabic": "cairo algiers", "English": "lagos nairobi boston dublin", "French": "paris marseille montreal",
-            "German": "berlin vienna", "Hindi": "delhi", "Japanese": "tokyo osaka", "Spanish": "lima bogota"},
+            "Arabic": "cairo algiers",
+            "English": "lagos nairobi boston dublin",
+            "French": "paris marseille montreal",
+            "German": "berlin vienna",
+            "Hindi": "delhi",
+            "Japanese": "tokyo osaka",
+            "Spanish": "lima bogota",
+        },
         "is it near the sea?": {
             "coast": "algiers lagos lima boston tokyo osaka marseille dublin",
-            "inland": "cairo nairobi bogota montreal delhi paris berlin vienna"},
+            "inland": "cairo nairobi bogota montreal delhi paris berlin vienna",
+        },
     }
-    replies = {(question, city): reply
-               for question, answers in facts.items() for reply, cities in answers.items() for city in cities.split()}
-    hidden_things = tuple(dict.fromkeys(city for _, city in replies))
-    skill = 0.45
-    paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95}
+    replies = {
+        (question, city): reply
+        for question, answers in facts.items()
+        for reply, cities in answers.items()
+        for city in cities.split()
+    }
+    hidden_things = tuple(dict.fromkeys(city for _, city in replies))  # each city once, in order
     guesses = {f"is the city called {city}?": city for city in hidden_things}
     utterances = (*facts, *guesses)
+    skill = 0.45
+    paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95}
 
     def observe(self):
-        return "Answers:" + "".join(f" {u.rpartition(' ')[2]}{reply}" for u, reply in self.history) + "\n"
+        dialogue = "Answers:"
+        for utterance, reply in self.history:
+            dialogue += f" {utterance.split(' ')[-1]}{reply}"
+        return dialogue + "\n"
 
     @classmethod
     @functools.cache
     def plan(cls, belief):
-        """(expected return, best utterance) while there are as many turns left as cities, as there always are in good play.
+        """Returns (expected return, best utterance) for a belief, a tuple of cities.
 
-        The same as `value`, and far quicker, as it need not think of a guess before a question. Put such a guess off to where
-        its city comes out in the end: every other city is found a turn sooner, and its own is found later by no more turns than
-        there are other cities, since each of those turns rules out one at least.
+        Valid while at least as many turns are left as cities, which always holds in good play. The
+        return equals that of `value`, but `plan` is much faster, as it never considers a guess
+        before a question. Nothing is lost by this. Suppose that a plan guesses first, and postpone
+        that guess to the point where its city is the only one left. Then every other city is found
+        one turn sooner. The postponed city is found later, but by no more turns than there are
+        other cities, because each of these turns rules out at least one of them.
         """
         n = len(belief)
-        plans = [(-(n - 1) / 2, f"is the city called {belief[0]}?")]  # one guess after the other
+        plans = [(-(n - 1) / 2, f"is the city called {belief[0]}?")]  # guess one city after another
         for question in cls.facts:
-            parts = [b for _, _, b, _, _ in cls.outcomes((), belief, question)]
+            parts = [part for _, _, part, _, _ in cls.outcomes((), belief, question)]
             if len(parts) > 1:
-                plans.append((sum(len(b) / n * cls.plan(b)[0] for b in parts) - 1, question))
+                expected = sum(len(part) / n * cls.plan(part)[0] for part in parts) - 1
+                plans.append((expected, question))
         return max(plans, key=lambda plan: plan[0])
 
     @classmethod
     def optimal_return(cls):
-        """The expected return of the best player, by backward induction over beliefs."""
+        """Expected return of the optimal player. Exact, by backward induction over beliefs."""
         return cls.plan(cls.hidden_things)[0]
 
     @classmethod
     def best(cls, position, belief, turns_left):
-        """With fewer turns left than cities, as after poor play, what would be best if there were more."""
+        """Returns the optimal utterance.
+
+        After poor play fewer turns than cities may be left. Then it is the utterance that would be
+        optimal with more turns.
+        """
         return cls.plan(belief)[1]
 
 
 class Detective(TextGame):
-    """Who did it, the butler or the cook? The note in the cellar tells; the cellar is locked, its key lies in the study.
+    """Who did it, the butler or the cook? A note in the cellar names the culprit.
 
-    Reward 1 for the key, 2 for the note, 7 for accusing the one whom the note names. To accuse anybody else ends the game with
-    nothing; without the note it is refused. Play is cut after 30 turns. The observation is the last answer, the room and the
-    possessions, which is all that matters: the state is Markov, apart from the culprit, whom the note reveals.
+    The cellar is locked; its key is in the study. Reward 1 for taking the key, 2 for taking the
+    note, 7 for accusing the culprit. A wrong accusation ends the game with reward 0. Without the
+    note every accusation is refused. Play is truncated after 30 turns. The observation is the last
+    reply, the room and the possessions. The state is Markov, apart from the culprit, whom the note
+    reveals.
+
     Optimum 10, in 10 turns; random play 0.23; demonstrations about 3.7.
-    The paper's game is a published text adventure of 50 to 60 turns with one fixed culprit and a score at milestones.
+
+    The paper's game is a published text adventure of 50 to 60 turns, with one fixed culprit and a
+    score at milestones.
     """
 
-    doors = {  # room: direction -> room
+    doors = {  # room: {direction: the next room}
         "hall": {"north": "landing", "east": "kitchen"},
         "landing": {"south": "hall", "east": "study"},
         "study": {"west": "landing"},
@@ -430,9 +513,14 @@ class Detective(TextGame):
         "cellar": {"up": "pantry"},
     }
     hidden_things = ("butler", "cook")
-    utterances = (tuple(f"go {d}" for d in ("north", "south", "east", "west", "up", "down")) + ("take key", "take note")
-                  + tuple(f"accuse {h}" for h in hidden_things))
-    start = ("hall", False, "")  # room, has the key, name on the note
+    utterances = (
+        *(f"go {direction}" for direction in ("north", "south", "east", "west", "up", "down")),
+        "take key",
+        "take note",
+        "accuse butler",
+        "accuse cook",
+    )
+    start = ("hall", False, "")  # (room, whether the player has the key, the name on the note)
     limit = 30
     limit_is_part_of_task = False
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.98}
@@ -449,34 +537,44 @@ class Detective(TextGame):
         if utterance == "take note" and room == "cellar" and not name:
             return (room, key, hidden), "Taken.", 2.0, False
         if verb == "accuse" and what in self.hidden_things and name:
-            return position, "Case closed.", 7.0 * (what == hidden), True
+            return position, "Case closed.", 7.0 if what == hidden else 0.0, True
         return position, "No.", 0.0, False
 
     def observe(self):
         room, key, name = self.position
         reply = self.history[-1][1] if self.history else "Welcome."
-        things = ["key"] * key + [f"note on {name}"] * bool(name)
+        things = []
+        if key:
+            things.append("key")
+        if name:
+            things.append(f"note on {name}")
         return f"{reply} {room.capitalize()}: {', '.join(things) or 'nothing'}\n"
 
     def demonstrate(self, rng, skill):
-        """As in the other games, but hasty: half of its accusations go to one or the other at random, whatever the note says."""
-        said = super().demonstrate(rng, skill)
-        return f"accuse {rng.choice(self.hidden_things)}" if said.startswith("accuse") and rng.random() < 0.5 else said
+        """As in the other games, but half of the accusations name a random person."""
+        utterance = super().demonstrate(rng, skill)
+        if utterance.startswith("accuse") and rng.random() < 0.5:
+            return f"accuse {rng.choice(self.hidden_things)}"
+        return utterance
 
 
 class WebShop(TextGame):
     """Buy what is wanted: search, open one of the articles found, choose one of its sizes, buy.
 
-    Every episode wants something else, and says so at once: a size, a colour, a kind and a price. Reward only when something is
-    bought: the share of the four wishes that it meets, from 0 to 1; nobody chooses the size for you. A search lists the three
-    articles that have most of its words, and only what is on the last list can be opened. Play is cut after 10 turns. The
-    observation is what is wanted and all that was said and shown since the last search: nothing before it matters any more.
+    Every episode has its own goal, a size, a colour, a kind and a maximum price, which the first
+    observation shows. Only buying earns a reward: the share of the four wishes that the article
+    meets, from 0 to 1. The size is met only if the player has chosen it. A search lists the three
+    articles that match most of its words, and only an article on the latest list can be opened.
+    Play is truncated after 10 turns. The observation is the goal and the dialogue since the latest
+    search. Nothing before that search matters.
+
     Optimum 1, in 4 turns; random play 0.01; demonstrations about 0.40.
-    The paper's WebShop has 10 turns too, shows the same, and pays from 0 to 1 for likeness to what was wanted; this shop is tiny.
+
+    The paper's WebShop also has 10 turns, shows the same and pays from 0 to 1 for similarity to the
+    goal. This shop is tiny in comparison.
     """
 
-    paper = TextGame.paper | {"episodes": 512, "warmup_iterations": 20, "gamma": 0.9}
-    settings = {"iterations": 110}  # its goals are many, and what tells a good article from a fair one is a quarter of a reward
+    public = True
     catalogue = {  # article: (sizes, colour, kind, price)
         "alba": ("small", "red", "lamp", 15),
         "bora": ("small large", "red", "lamp", 35),
@@ -491,46 +589,75 @@ class WebShop(TextGame):
         "neve": ("small", "green", "bag", 15),
         "onda": ("large", "green", "bag", 35),
     }
-    kinds, colours = ("lamp", "rug", "bag"), ("red", "blue", "green")
-    hidden_things = tuple(dict.fromkeys(  # (size, colour, kind, most to pay): each met by some article
-        (size, colour, kind, price + 5) for sizes, colour, kind, price in catalogue.values() for size in sizes.split()))
-    public = True
-    utterances = (tuple(f"search {words}" for words in (*kinds, *colours, *map(" ".join, itertools.product(colours, kinds))))
-                  + tuple(f"open {article}" for article in catalogue) + ("choose small", "choose large", "buy"))
-    start = ((), "", "")  # the articles on the last list, the one that is open, the size chosen
+    hidden_things = tuple(  # (size, colour, kind, maximum price); each is met by some article
+        (size, colour, kind, price + 5)
+        for sizes, colour, kind, price in catalogue.values()
+        for size in sizes.split()
+    )
+    kinds = ("lamp", "rug", "bag")
+    colours = ("red", "blue", "green")
+    utterances = (
+        *(f"search {word}" for word in (*kinds, *colours)),
+        *(f"search {colour} {kind}" for colour, kind in itertools.product(colours, kinds)),
+        *(f"open {article}" for article in catalogue),
+        "choose small",
+        "choose large",
+        "buy",
+    )
+    start = ((), "", "")  # (articles on the latest list, the open article, the chosen size)
     limit = 10
     limit_is_part_of_task = False
+    settings = {"iterations": 110}  # many goals; a good article earns only 1/4 more than a fair one
+    paper = TextGame.paper | {"episodes": 512, "warmup_iterations": 20, "gamma": 0.9}
+
+    @classmethod
+    def search(cls, words):
+        """Returns up to three articles that share a word with `words`, the best matches first."""
+        hits = {}  # article: number of words shared
+        for article, (_, colour, kind, _) in cls.catalogue.items():
+            hits[article] = len({article, colour, kind} & set(words.split()))
+        found = [article for article in hits if hits[article] > 0]
+        return tuple(sorted(found, key=hits.get, reverse=True)[:3])
 
     def rules(self, position, hidden, utterance):
         listed, article, size = position
         verb, _, what = utterance.partition(" ")
-        sizes, colour, kind, price = self.catalogue.get(article, ("", "", "", 0))
         if verb == "search":
-            hits = {a: len({a, c, k} & set(what.split())) for a, (_, c, k, _) in self.catalogue.items()}
-            found = tuple(sorted(filter(hits.get, hits), key=hits.get, reverse=True)[:3])
-            shown = "".join(" {0}/{2}/{3}/{4}".format(a, *self.catalogue[a]) for a in found)
+            found = self.search(what)
+            shown = ""
+            for name in found:
+                _, colour, kind, price = self.catalogue[name]
+                shown += f" {name}/{colour}/{kind}/{price}"
             return (found, "", ""), shown or "nothing", 0.0, False
         if verb == "open" and what in listed:
             return (listed, what, ""), self.catalogue[what][0].replace(" ", "/"), 0.0, False
+        sizes, colour, kind, price = self.catalogue.get(article, ("", "", "", 0))
         if verb == "choose" and what in sizes.split():
             return (listed, article, what), "ok", 0.0, False
         if utterance == "buy" and article:
-            met = (size == hidden[0]) + (colour == hidden[1]) + (kind == hidden[2]) + (price <= hidden[3])
-            return position, "thanks", met / 4, True
+            # hidden is (size, colour, kind, maximum price)
+            met = [size == hidden[0], colour == hidden[1], kind == hidden[2], price <= hidden[3]]
+            return position, "thanks", sum(met) / 4, True
         return position, "no", 0.0, False
 
     def observe(self):
-        last_search = max((i for i, (u, _) in enumerate(self.history) if u.split()[:1] == ["search"]), default=0)
-        shown = "".join(f" {u}:{reply}" for u, reply in self.history[last_search:])
-        return "Wanted: {} {} {} under-{}".format(*self.hidden) + shown + "\n"
+        size, colour, kind, maximum = self.hidden
+        dialogue = ""
+        for utterance, reply in self.history:
+            if utterance.split(" ")[0] == "search":
+                dialogue = ""
+            dialogue += f" {utterance}:{reply}"
+        return f"Wanted: {size} {colour} {kind} under-{maximum}{dialogue}\n"
 
     def demonstrate(self, rng, skill):
-        """As in the other games, but in haste: often buys what is open as it is, or opens just anything on the list."""
+        """As in the other games, but often buys the open article at once or opens a random one."""
         listed, article, _ = self.position
-        said = super().demonstrate(rng, skill)
+        utterance = super().demonstrate(rng, skill)
         if article and rng.random() < 0.4:
             return "buy"
-        return f"open {rng.choice(listed)}" if said.startswith("open") and listed and rng.random() < 0.5 else said
+        if utterance.startswith("open") and listed and rng.random() < 0.5:
+            return f"open {rng.choice(listed)}"
+        return utterance
 
 
 GAMES = {
