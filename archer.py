@@ -62,7 +62,7 @@ class Config:
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(2e-3, "falls to 0; large: blind to details, small: babble")
 
-    iterations: int = setting(60, "of play and learning; few: still rising, many: nothing new")
+    iterations: int = setting(40, "of play and learning; few: still rising, many: nothing new")
     warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
     episodes: int = setting(128, "played an iteration; few: old data dominate, many: wasteful")
     utterance_tokens: int = setting(8, "at most; small: cut sentences, large: slow babble")

@@ -232,6 +232,7 @@ class TwentyQuestions(TextGame):
     utterances = (*facts, *guesses)
     limit = 20
     limit_is_part_of_task = True
+    settings = {"iterations": 60}  # what a question is worth shows only in the turns after it
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95, "actor_lr": 1e-6}
 
     def rules(self, position, hidden, utterance):
