@@ -1,6 +1,6 @@
 """ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model acts over many turns.
 
-Two learners take turns. A critic learns off-policy, from a replay buffer, the values of whole
+Two learners alternate. A critic learns off-policy, from a replay buffer, the values of whole
 utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy gradient
 whose reward is the critic's advantage (Eq. 3).
 
@@ -13,7 +13,8 @@ On one GPU, with the paper's models and hyper-parameters:
     python archer.py --preset paper --env twenty_questions_full
 
 The first half is the algorithm, in the paper's order; it ends with `ArCHer`, which is Algorithm 1.
-The second half is the workshop: variants (Eqs. 4 to 7, PPO), models, files, the command line.
+The second half is the workshop: variants (Eqs. 4 to 7, PPO), models, files, the command line. On a
+first reading it can be skipped.
 Left out: LoRA, several GPUs.
 
 Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
@@ -50,9 +51,9 @@ def setting(default, help):
 class Config:
     """Every setting: what it is, and what its extremes do."""
 
-    env: str = setting("detective", "the game, a name in GAMES")
+    env: str = setting("detective", "the game: " + ", ".join(GAMES))
     seed: int = setting(0, "of everything random; on a CPU the same seed gives the same run")
-    device: str = setting("", "cpu, cuda or mps; empty: a GPU if there is one")
+    device: str = setting("", "cpu, cuda or mps; empty: cuda if there is one, else cpu")
     actor: str = setting("", "causal language model, name or folder; empty: a new tiny GPT-2")
     critic: str = setting("", "encoder, name or folder; empty: a new tiny RoBERTa")
     out: str = setting("", "folder to write into; empty: a new one under runs/")
@@ -60,27 +61,27 @@ class Config:
 
     demonstrations: int = setting(2000, "episodes to imitate; 0: the actor must speak already")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
-    warm_start_lr: float = setting(2e-3, "falls to 0; large: blind to details, small: babble")
+    warm_start_lr: float = setting(2e-3, "falls to 0; large: blind to details; pretrained: 1e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: nothing new")
     warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
-    episodes: int = setting(128, "played an iteration; few: old data dominate, many: wasteful")
-    utterance_tokens: int = setting(8, "at most; small: cut sentences, large: slow babble")
+    episodes: int = setting(128, "played per iteration; few: old data dominate, many: waste")
+    utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
     capacity: int = setting(10_000, "transitions kept; small: on-policy, large: stale")
 
-    critic_steps: int = setting(50, "few: the actor outruns the critic, many: slow")
+    critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
     critic_lr: float = setting(1e-3, "large: Q diverges, small: slow; pretrained: 2e-5")
-    gamma: float = setting(0.97, "discount a turn; 0: the next reward only, 1: no hurry")
+    gamma: float = setting(0.97, "discount per turn; 0: the next reward only, 1: no hurry")
     tau: float = setting(0.2, "soft update; 1: no target network, 0: it never moves")
 
-    actor_steps: int = setting(4, "an iteration; 0: critic only, many: leaves the critic's data")
+    actor_steps: int = setting(4, "per iteration; 0: critic only, many: leaves its data")
     actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
-    batch: int = setting(128, "rows of every gradient step; small: noisy, large: slow")
-    micro_batch: int = setting(0, "rows of a backward pass; small: little memory; 0: the batch")
-    clip: float = setting(1.0, "of the gradient norm; tiny: equal steps, huge: none")
+    batch: int = setting(128, "examples per gradient step; small: noisy, large: slow")
+    micro_batch: int = setting(0, "examples per backward pass; small: less memory; 0: all")
+    clip: float = setting(1.0, "gradient norm; tiny: all steps equally long, huge: none")
 
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
-    baseline_steps: int = setting(4, "before an actor step; 0: the baseline never learns")
+    baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
     ppo_epochs: int = setting(3, "steps on the same utterances; 1: Eq. 3, many: clipped")
     ppo_clip: float = setting(0.2, "of a token's ratio; 0: one step only, huge: no clipping")
     awr_beta: float = setting(1.0, "0: copies everything logged, large: the best only")
@@ -88,7 +89,7 @@ class Config:
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
     offline: str = setting("", "file of episodes to learn from without playing; empty: play")
-    evaluation_episodes: int = setting(500, "fresh, behind a number; few: noisy")
+    evaluation_episodes: int = setting(500, "fresh episodes per reported return; few: noisy")
 
 
 # ==================================================================================================
@@ -97,7 +98,8 @@ class Config:
 
 # One turn. s: all that the agent may know, as text. a: the utterance, without its newline. ids: its
 # tokens as they were sampled, the end token included unless the utterance was cut. r: the reward.
-# s2: the next state. done: nothing follows s2. A time limit is not `done`: the critic bootstraps.
+# s2: the next state. done: the task ended at s2, whose value is 0. A time limit is not `done`:
+# there the critic bootstraps.
 Transition = collections.namedtuple("Transition", "s a ids r s2 done")
 
 
@@ -116,30 +118,38 @@ class ReplayBuffer:
         return self.rng.choices(self.transitions, k=n)
 
 
-def pad(rows, fill, device, side):
-    """Lists of token ids -> ids and attention mask, [B, T] each."""
-    rows = [torch.tensor(row) for row in rows]
-    ids = nn.utils.rnn.pad_sequence(rows, True, -1, padding_side=side).to(device)
-    mask = (ids >= 0).long()
+def pad(sequences, fill, device, side):
+    """Lists of token ids -> ids and attention mask, [B, T] each, on the device.
+
+    fill: the id at padding. side: "left" or "right". No sequence may be empty.
+    """
+    sequences = [torch.tensor(ids) for ids in sequences]
+    ids = nn.utils.rnn.pad_sequence(sequences, True, -1, padding_side=side).to(device)
+    mask = (ids >= 0).long()  # -1 marks padding
     return ids.masked_fill(mask == 0, fill), mask
 
 
-def split(rows, size):
-    """Consecutive parts of a list, `size` rows each; the last one may be shorter."""
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def split(items, size):
+    """Consecutive parts of a list, `size` items each; the last one may be shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 class Actor(nn.Module):
-    """The policy pi(a|s): a causal language model that speaks until a newline, its end token."""
+    """The policy pi(a|s): a causal language model that speaks until a newline, its end token.
+
+    `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
+    scores. Padding is on the left: padded on the right, a short state would be continued after a
+    gap. Position ids skip the padding, so that a row does not depend on its batch mates.
+    """
 
     bfloat16 = False  # inside the model; log-probabilities and losses stay in float32
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
-        """utterance_tokens: of an utterance at most, the end token included."""
+        """tokenizer: with a single token for a newline. utterance_tokens: at most, with the end."""
         super().__init__()
         self.model = model.eval()  # no dropout: what is scored is what was sampled
         self.tokenizer = tokenizer
-        # The text's own tokens, without special ones. Cached, as texts repeat a lot.
+        # A text's own tokens, without special ones. Cached, since texts repeat a lot.
         self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, add_special_tokens=False))
         self.utterance_tokens = utterance_tokens
         (self.end,) = self.tokens_of("\n")
@@ -158,45 +168,41 @@ class Actor(nn.Module):
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
             out = self.model(**x, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        return out.logits[:, -keep:].float(), out.past_key_values
+        return out.logits[:, -keep:].float(), out.past_key_values  # some models keep all logits
 
     @torch.no_grad()
     def act(self, states, greedy=False):
-        """Says one utterance at each state, sampled from the full softmax: no top-k, no top-p.
-
-        Returns texts, without their newlines, and token ids, a list for each state.
-        """
-        distinct = {s: row for row, s in enumerate(dict.fromkeys(states))}
-        # Easy to overlook: padded on the right, a short state would be continued after a gap.
-        ids, mask = pad(self.encode(distinct), self.end, self.model.device, "left")
+        """Says one utterance at each state. Returns texts and token ids (see Transition)."""
+        index = {s: i for i, s in enumerate(dict.fromkeys(states))}
+        ids, mask = pad(self.encode(index), self.end, self.model.device, "left")
         logits, cache = self(ids, mask, keep=1)  # reads each distinct state once
-        row = torch.tensor([distinct[s] for s in states], device=ids.device)
-        cache.reorder_cache(row)  # from here on one row a state
-        logits, mask = logits[row], mask[row]
-        said = torch.full((len(states), self.utterance_tokens), self.end, device=ids.device)
-        speaking = torch.arange(len(states), device=ids.device)  # those who have not ended yet
+        copies = torch.tensor([index[s] for s in states], device=ids.device)
+        cache.reorder_cache(copies)  # from here on one row per state
+        logits, mask = logits[copies], mask[copies]
+        tokens = torch.full((len(states), self.utterance_tokens), self.end, device=ids.device)
+        active = torch.arange(len(states), device=ids.device)  # the rows that have not ended
         for i in range(self.utterance_tokens):
             p = logits[:, -1].softmax(1)
             token = p.argmax(1) if greedy else torch.multinomial(p, 1).squeeze(1)
-            said[speaking, i] = token
-            going_on = (token != self.end).nonzero().squeeze(1)
-            if len(going_on) == 0:
+            tokens[active, i] = token
+            unended = (token != self.end).nonzero().squeeze(1)
+            if len(unended) == 0 or i + 1 == self.utterance_tokens:
                 break
-            speaking = speaking[going_on]
-            cache.reorder_cache(going_on)
-            mask = nn.functional.pad(mask[going_on], (0, 1), value=1)
-            logits, cache = self(token[going_on, None], mask, keep=1, cache=cache)
-        lengths = 1 + (said != self.end).sum(1)  # the end token included, if there is one
-        token_ids = [ids[:n] for ids, n in zip(said.tolist(), lengths.tolist(), strict=True)]
-        return [self.tokenizer.decode(ids).rstrip("\n") for ids in token_ids], token_ids
+            active = active[unended]
+            cache.reorder_cache(unended)
+            mask = nn.functional.pad(mask[unended], (0, 1), value=1)
+            logits, cache = self(token[unended, None], mask, keep=1, cache=cache)
+        lengths = 1 + (tokens != self.end).sum(1)  # with the end token, if there is one
+        token_ids = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        return [self.tokenizer.decode(ids).split("\n")[0] for ids in token_ids], token_ids
 
     def join(self, states, token_ids):
         """Each state and its utterance as one sequence: ids and mask, [B, T], and `spoken`, [B, L].
 
         Utterances stand at the right edge. spoken is 1 at their tokens, 0 at padding.
         """
-        rows = [s + a for s, a in zip(self.encode(states), token_ids, strict=True)]
-        ids, mask = pad(rows, self.end, self.model.device, "left")
+        sequences = [s + a for s, a in zip(self.encode(states), token_ids, strict=True)]
+        ids, mask = pad(sequences, self.end, self.model.device, "left")
         _, spoken = pad(token_ids, self.end, self.model.device, "left")
         return ids, mask, spoken
 
@@ -213,9 +219,9 @@ class Actor(nn.Module):
 
 
 def value_head(inputs, h):
-    """inputs-h-h-1 with ReLU."""
+    """inputs-h-h-1 with ReLU. The orthogonal weights are ours: a head should not start linear."""
     layers = [nn.Linear(inputs, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
-    for layer in layers[::2]:
+    for layer in layers[::2]:  # the linear ones
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
     return nn.Sequential(*layers)
 
@@ -226,7 +232,7 @@ class DoubleCritic(nn.Module):
     bfloat16 = False  # inside the encoder; values and losses stay in float32
 
     def __init__(self, encoder, tokenizer):
-        """tokenizer: with a padding token; it cuts long texts, on its `truncation_side`."""
+        """tokenizer: has a padding token; cuts texts to its `model_max_length`, on the left."""
         super().__init__()
         self.encoder = encoder.eval()  # no dropout
         self.tokenizer = tokenizer
@@ -237,13 +243,13 @@ class DoubleCritic(nn.Module):
 
     def embed(self, texts):
         """[B, H]: the mean over a text's tokens. Each distinct text is encoded once."""
-        distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        rows = [self.tokens_of(text or "\n") for text in distinct]
-        ids, mask = pad(rows, self.tokenizer.pad_token_id, self.encoder.device, "right")
+        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        sequences = [self.tokens_of(text or "\n") for text in index]  # no text has no mean
+        ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.encoder.device, "right")
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         pooled = (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-        return pooled[torch.tensor([distinct[text] for text in texts], device=ids.device)]
+        return pooled[torch.tensor([index[text] for text in texts], device=ids.device)]
 
     def forward(self, s, a):
         """Q of utterances at states and V of the states, [2, B] each, from texts."""
@@ -296,19 +302,21 @@ def actor_loss(log_p, spoken, A):
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
 
-def descend(loss_of, rows, optimizer, c):
-    """One clipped step on a loss that is a mean over rows. Returns the loss, detached.
+def descend(loss_of, examples, optimizer, c):
+    """One clipped step on a loss that is a mean over examples. Returns the loss, detached.
 
-    loss_of: columns of the rows -> a loss, or several stacked, whose sum is descended. Only
-    `c.micro_batch` rows go through the network at a time, and their gradients add up: the same step
+    examples: a list of tuples. loss_of: takes their columns, a tuple for each field, and returns a
+    loss, or a vector of losses whose sum is descended. c: `clip` and `micro_batch`, the number of
+    examples that go through the network at a time; their gradients add up, which is the same step
     in less memory. Raises FloatingPointError before a gradient that is not finite is used.
     """
     optimizer.zero_grad()
     total = 0.0
-    for chunk in split(rows, c.micro_batch or len(rows)):
-        loss = loss_of(*zip(*chunk, strict=True)) * len(chunk) / len(rows)
+    for chunk in split(examples, c.micro_batch or len(examples)):
+        loss = loss_of(*zip(*chunk, strict=True)) * len(chunk) / len(examples)
         loss.sum().backward()
         total = total + loss.detach()
+    # The norm is of this optimizer's network alone: actor and critic are clipped apart.
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.clip)
     if not norm.isfinite():
         raise FloatingPointError("a gradient is not finite: look at rewards and learning rates")
@@ -319,7 +327,9 @@ def descend(loss_of, rows, optimizer, c):
 def rollout(game, actor, episodes, rng, greedy=False):
     """Plays `episodes` games side by side. Returns a list of episodes, lists of transitions.
 
-    Easy to overlook: a time limit (`truncated`) ends an episode, but is not `done`.
+    game: a class; reset(seed=...) -> (s, info), step(a) -> (s2, r, terminated, truncated, info).
+    Easy to overlook: a time limit (`truncated`) ends an episode, but is not `done`. Raises
+    FloatingPointError for a reward that is not finite.
     """
     games = [game() for _ in range(episodes)]
     played = [[] for _ in games]
@@ -348,11 +358,12 @@ class ArCHer:
     a CPU a resumed run equals an uninterrupted one bit for bit.
     """
 
+    # The attributes that have a state_dict of their own.
     stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
-    loss_of_v = staticmethod(v_loss)  # (v, q of `utterances_for_v`) -> loss
+    loss_of_v = staticmethod(v_loss)  # Eq. 2, of V and of Q at `utterances_for_v`
 
     def __init__(self, game, actor, critic, demonstrations, c):
-        """game: class with `reset` and `step`. demonstrations: episodes, as `rollout` returns."""
+        """game, demonstrations: as `rollout` takes and returns them. c: a Config."""
         self.game = game
         self.actor = actor
         self.critic = critic
@@ -367,20 +378,21 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
+        # One generator seeds the games and samples the buffer. (Alg. 1, lines 4-7)
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
-        self.buffer.add(t for episode in self.played for t in episode)  # (Alg. 1, lines 4-7)
+        self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor rests while the critic learns: all utterances for Eq. 2 can be drawn at once.
         transitions = self.buffer.sample(c.critic_steps * c.batch)
-        rows = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
+        examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         critic_steps = []
-        for batch in split(rows, c.batch):  # (Alg. 1, line 8)
+        for batch in split(examples, c.batch):  # (Alg. 1, line 8)
             # Q and V step together, since they share an encoder. (Alg. 1, lines 9-10)
             critic_steps.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
             soft_update(self.target, self.critic, c.tau)  # (Alg. 1, lines 12-15)
 
-        n = c.actor_steps if self.iteration >= c.warmup_iterations else 0
-        actor_steps = [self.actor_step() for _ in range(n)]  # (Alg. 1, lines 20-23)
+        steps = c.actor_steps if self.iteration >= c.warmup_iterations else 0
+        actor_steps = [self.actor_step() for _ in range(steps)]  # (Alg. 1, lines 20-23)
         self.iteration += 1
         return metrics(self, critic_steps, actor_steps)
 
@@ -390,37 +402,39 @@ class ArCHer:
         return [a for states in batches for a in self.actor.act(states)[0]]
 
     def critic_losses(self, batch, utterances):
-        """J_Q and J_V, [2], of transitions and an utterance at the state of each."""
+        """J_Q and J_V, stacked: [2]. batch: transitions; utterances: one at each one's state."""
         s, a, _, r, s2, done = zip(*batch, strict=True)
         q, v = self.critic(s, a)
-        with torch.no_grad():
-            e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).split(len(s))
-            next_v = self.target.v(e_s2)
-            fresh_q = self.target.q(e_s, e_fresh)
-        r, done = torch.tensor([r, done], device=q.device)
+        e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).split(len(s))
+        next_v = self.target.v(e_s2)
+        fresh_q = self.target.q(e_s, e_fresh)
+        r, done = torch.tensor([r, done], device=q.device)  # [B] each; done as 0 or 1
         return torch.stack([q_loss(q, r, done, next_v, self.c.gamma), self.loss_of_v(v, fresh_q)])
 
     def actor_step(self):
-        """One step on Eq. 3. Returns its rows (s, token ids, A) and the loss."""
-        rows = self.rows_for_actor()
-        return rows, descend(self.actor_loss, rows, self.actor_optimizer, self.c)
+        """One step on Eq. 3. Returns its examples (s, token ids, A) and the loss."""
+        examples = self.actor_examples()
+        return examples, descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
 
-    def rows_for_actor(self):
-        """States from the buffer, utterances from the present actor, advantages as they are.
+    @torch.no_grad()
+    def actor_examples(self):
+        """Tuples (s, token ids, A): states from the buffer, utterances from the present actor.
 
-        Easy to overlook: the logged utterances play no part in the policy gradient.
+        Easy to overlook: the logged utterances play no part in the policy gradient. A is neither
+        centred nor scaled, as in the paper.
         """
         s = [t.s for t in self.buffer.sample(self.c.batch)]
         a, token_ids = self.actor.act(s)
-        return list(zip(s, token_ids, advantage(*self.critic(s, a)).detach(), strict=True))
+        return list(zip(s, token_ids, advantage(*self.critic(s, a)), strict=True))
 
-    def actor_loss(self, s, token_ids, A):
+    def loss_of_actor(self, s, token_ids, A):
         log_p, spoken = self.actor.log_probs(s, token_ids)
         return actor_loss(log_p, spoken, torch.stack(A))
 
     def state_dict(self):
         """Tensors and plain values: `torch.load(..., weights_only=True)` reads them."""
         state = {name: getattr(self, name).state_dict() for name in self.stateful}
+        # Plain tuples, since `weights_only` refuses a namedtuple.
         state |= {"iteration": self.iteration, "buffer": list(map(tuple, self.buffer.transitions))}
         state |= {"rng": self.buffer.rng.getstate(), "torch_rng": torch.get_rng_state()}
         return state | {"cuda_rng": torch.cuda.get_rng_state_all()}
@@ -458,10 +472,10 @@ def expectile_loss(v, q, expectile):
     """V learns an expectile of Q over logged utterances; near 1, the Q of the best (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
-    Our transcription of the paper has V - Q, which would give the value of the worst.
+    Our transcription of the paper has V - Q, which would give a low expectile.
     """
     u = q.detach() - v
-    return ((expectile - (u < 0).float()).abs() * u.pow(2)).mean(1).sum()
+    return ((expectile - (u < 0).to(u)).abs() * u.pow(2)).mean(1).sum()
 
 
 def awr_loss(log_p, spoken, A, beta, bound=20.0):
@@ -476,7 +490,7 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
 def ppo_loss(log_p, old_log_p, spoken, A, clip):
     """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
 
-    log_p, old_log_p, spoken: [B, L]. A: [B, 1] for utterances, or [B, L] for tokens.
+    log_p, old_log_p, spoken: [B, L]. A: [B, 1], of utterances, or [B, L], of tokens.
     """
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -501,7 +515,7 @@ class TokenBaseline(nn.Module):
 
 
 class WithBaseline(ArCHer):
-    """Eqs. 4 and 5. Baseline steps precede each actor step; in Algorithm 1, all actor steps."""
+    """Eqs. 4 and 5. Baseline steps come before each actor step; in Algorithm 1, before all."""
 
     stateful = (*ArCHer.stateful, "baseline", "baseline_optimizer")
 
@@ -512,13 +526,13 @@ class WithBaseline(ArCHer):
 
     def actor_step(self):
         for _ in range(self.c.baseline_steps):  # (Alg. 1, lines 16-19)
-            descend(self.baseline_loss, self.rows_for_actor(), self.baseline_optimizer, self.c)
+            descend(self.loss_of_baseline, self.actor_examples(), self.baseline_optimizer, self.c)
         return super().actor_step()
 
-    def baseline_loss(self, s, token_ids, A):
+    def loss_of_baseline(self, s, token_ids, A):
         return baseline_loss(*self.baseline(s, token_ids), torch.stack(A))
 
-    def actor_loss(self, s, token_ids, A):
+    def loss_of_actor(self, s, token_ids, A):
         v, _ = self.baseline(s, token_ids)
         return actor_loss_with_baseline(*self.actor.log_probs(s, token_ids), torch.stack(A), v)
 
@@ -527,13 +541,13 @@ class WithPPO(ArCHer):
     """PPO as the low level: the paper allows any policy gradient over tokens."""
 
     def actor_step(self):
-        rows = self.rows_for_actor()
+        examples = self.actor_examples()
         self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for _ in range(self.c.ppo_epochs):
-            loss = descend(self.actor_loss, rows, self.actor_optimizer, self.c)
-        return rows, loss
+            loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
+        return examples, loss
 
-    def actor_loss(self, s, token_ids, A):
+    def loss_of_actor(self, s, token_ids, A):
         log_p, spoken = self.actor.log_probs(s, token_ids)
         old_log_p, _ = self.old_actor.log_probs(s, token_ids)
         return ppo_loss(log_p, old_log_p, spoken, torch.stack(A)[:, None], self.c.ppo_clip)
@@ -542,11 +556,12 @@ class WithPPO(ArCHer):
 class WithAWR(ArCHer):
     """Eq. 7: the actor learns from logged utterances."""
 
-    def rows_for_actor(self):
+    @torch.no_grad()
+    def actor_examples(self):
         s, a, token_ids, *_ = zip(*self.buffer.sample(self.c.batch), strict=True)
-        return list(zip(s, token_ids, advantage(*self.critic(s, a)).detach(), strict=True))
+        return list(zip(s, token_ids, advantage(*self.critic(s, a)), strict=True))
 
-    def actor_loss(self, s, token_ids, A):
+    def loss_of_actor(self, s, token_ids, A):
         log_p, spoken = self.actor.log_probs(s, token_ids)
         return awr_loss(log_p, spoken, torch.stack(A), self.c.awr_beta)
 
@@ -568,12 +583,12 @@ def variant(c):
     """The class that the settings name: ArCHer itself, or a subclass."""
     learner = ACTOR_LOSSES[c.actor_loss]
     if c.critic_loss == "iql":
-        learner = type("WithIQL", (WithIQL, learner), {})  # each overrides methods of its own
+        learner = type("WithIQL", (WithIQL, learner), {})  # critic from one, actor from the other
     return learner
 
 
 # ==================================================================================================
-# The workshop, 2: models
+# The workshop, 2: errors, models, the warm start
 # ==================================================================================================
 
 
@@ -582,6 +597,7 @@ class UserError(Exception):
 
 
 def require(condition, message):
+    """Raises UserError unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -603,10 +619,8 @@ def tiny_tokenizer(texts):
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, to_bytes])
     bpe.train_from_iterator(texts, vocab_size=2048, special_tokens=[end], show_progress=False)
-    options = {"eos_token": end, "pad_token": end, "model_max_length": 256}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **options)
-    tokenizer.truncation_side = "left"
-    return tokenizer
+    rest = {"model_max_length": 256, "truncation_side": "left", "pad_token": end, "eos_token": end}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **rest)
 
 
 def tiny_gpt2(vocabulary):
@@ -617,6 +631,7 @@ def tiny_gpt2(vocabulary):
 
 
 def tiny_roberta(vocabulary):
+    """As above. The padding token is number 0, <|endoftext|>."""
     size = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
     size |= {"intermediate_size": 256, "hidden_act": "relu", "initializer_range": 0.2}
     size |= {"vocab_size": vocabulary, "pad_token_id": 0}
@@ -643,7 +658,7 @@ def build(c, texts):
             model, tokenizer = load(c.actor, transformers.AutoModelForCausalLM)
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
         require(actor.state_tokens > 0, f"{c.utterance_tokens} tokens leave no room for a state")
-        actor.act(["", "Hello.\n"])
+        actor.act(["", "Hello.\n"])  # a trial: what does not work here should not fail hours later
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         if c.critic:
             encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
@@ -655,7 +670,7 @@ def build(c, texts):
 
 def warm_start(actor, demonstrations, c):
     """Supervised fine-tuning on demonstrations, a list of episodes. Changes the actor in place."""
-    rows = [(t.s, t.ids) for episode in demonstrations for t in episode]
+    examples = [(t.s, t.ids) for episode in demonstrations for t in episode]
     rng = random.Random(c.seed)
     optimizer = torch.optim.Adam(actor.parameters(), c.warm_start_lr, fused=True)
 
@@ -663,9 +678,9 @@ def warm_start(actor, demonstrations, c):
         log_p, spoken = actor.log_probs(s, token_ids)
         return actor_loss(log_p, spoken, torch.ones_like(log_p[:, 0]))  # maximum likelihood
 
-    for step in tqdm(range(c.warm_start_steps if rows else 0), "warm start"):
+    for step in tqdm(range(c.warm_start_steps if examples else 0), "warm start"):
         optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
-        descend(imitation_loss, rng.choices(rows, k=c.batch), optimizer, c)
+        descend(imitation_loss, rng.choices(examples, k=c.batch), optimizer, c)
 
 
 # ==================================================================================================
@@ -678,11 +693,13 @@ def mean_return(episodes, gamma=1.0):
 
 
 def metrics(learner, critic_steps, actor_steps):
-    """The numbers of an iteration, as README explains them."""
+    """The numbers of an iteration: losses, the spread of A, and of the episodes played the mean
+    return, length and discounted return, and min V of their first states ("value"). An honest
+    critic's value is close to the discounted return."""
     q, v = torch.stack(critic_steps).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
     if actor_steps:
-        A = torch.stack([A for rows, _ in actor_steps for _, _, A in rows])
+        A = torch.stack([example[2] for examples, _ in actor_steps for example in examples])
         numbers["actor_loss"] = sum(loss.item() for _, loss in actor_steps) / len(actor_steps)
         numbers["advantage_std"] = A.std(correction=0).item()
     if learner.played:
@@ -695,17 +712,19 @@ def metrics(learner, critic_steps, actor_steps):
 
 
 def write_json(path, lines):
-    """A value a line."""
+    """One JSON value per line."""
     with explained(f"cannot write {path}"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
 
 
 def read_episodes(path):
-    """An episode a line, in JSON: a list of turns [s, a, r, s', done]."""
+    """One episode per line, in JSON: a list of turns [s, a, r, s', done]."""
     with explained(f"cannot read episodes from {path}, a list of [s, a, r, s', done] a line"):
         episodes = [json.loads(x) for x in Path(path).read_text(encoding="utf-8").splitlines()]
-        require(all(math.isfinite(r) for e in episodes for _, _, r, _, _ in e), "infinite reward")
+        for s, a, r, s2, done in [turn for episode in episodes for turn in episode]:
+            right = isinstance(s + a + s2, str) and math.isfinite(r) and isinstance(done, bool)
+            require(right, f"wrong types in {[s, a, r, s2, done]}")
     return episodes
 
 
@@ -714,20 +733,21 @@ def check(c):
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
         require(getattr(c, name) in known, f"--{name}: choose from {', '.join(known)}")
-    positive = {"actor_lr", "critic_lr", "warm_start_lr", "clip", "batch", "capacity"}
-    positive |= {"critic_steps", "utterance_tokens", "ppo_epochs", "evaluation_episodes"}
+    lowest = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
+    lowest |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
+    lowest |= dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "clip"), 1e-9)
+    highest = dict.fromkeys(("gamma", "tau", "expectile"), 1)
     for name, value in vars(c).items():
         if not isinstance(value, str):
-            most = 1 if name in ("gamma", "tau", "expectile") else 1e9
-            least = 1e-9 if name in positive else 0
-            require(least <= value <= most, f"--{name} must be {least:g} to {most:g}, not {value}")
+            low, high = lowest.get(name, 0), highest.get(name, 1e9)
+            require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
 
 
 def prepare(c):
     """Checks the settings and makes what they name, before any training.
 
-    Returns the settings as they will be used, actor, critic, and the episodes to begin with, lists
-    of transitions.
+    Returns the settings as they will be used, actor, critic, and the episodes to begin with
+    (demonstrations, or the offline file), lists of transitions.
     """
     check(c)
     torch.manual_seed(c.seed)
@@ -739,37 +759,38 @@ def prepare(c):
     elif c.demonstrations and hasattr(game, "demonstrations"):
         episodes = game.demonstrations(c.demonstrations, c.seed)
     turns = [turn for episode in episodes for turn in episode]
-    require(turns or (c.actor and c.episodes), "nothing to learn from: have demonstrations or play")
+    # A tiny actor gets its words from demonstrations.
+    require(turns or (c.actor and c.episodes), "no demonstrations: name an --actor, let it play")
     actor, critic = build(c, [f"{s}{a}\n{s2}" for s, a, _, s2, _ in turns])
     with explained(f"{c.env} is no game as README describes one"):
-        one_game = game()
-        s, _ = one_game.reset(seed=0)
-        s2, r, _, _, _ = one_game.step("look")  # terminated, truncated, info
+        trial = game()
+        s, _ = trial.reset(seed=0)
+        s2, r, _, _, _ = trial.step("look")
         longest = max(len(actor.tokens_of(s)), len(actor.tokens_of(s2)))
         require(longest <= actor.state_tokens, f"an observation has {longest} tokens, too many")
         require(math.isfinite(r), f"it pays {r}")
     ids = {a: [*actor.tokens_of(a), actor.end] for _, a, _, _, _ in turns}
     longest = max(map(len, ids.values()), default=0)
-    require(longest <= c.utterance_tokens, f"--utterance-tokens must be {longest} for this data")
+    require(longest <= c.utterance_tokens, f"this data needs --utterance-tokens {longest} at least")
     demonstrations = [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
     return c, actor, critic, demonstrations
 
 
 def dialogue(episode, actor, critic):
-    """An episode as text: a line a turn with reward, Q, V, advantage and log-probability."""
+    """An episode as text: per turn the state's end, the utterance, r, Q, V, A, log-probability."""
     s, a, token_ids, *_ = zip(*episode, strict=True)
     q, v = critic(s, a)
     log_p, spoken = actor.log_probs(s, token_ids)
     columns = [q.min(0).values, v.min(0).values, advantage(q, v), (log_p * spoken).sum(1)]
     lines = []
-    for t, (q, v, A, log_p) in zip(episode, torch.stack(columns, 1).tolist(), strict=True):
-        numbers = f"r {t.r:4.1f}   Q {q:6.2f}   V {v:6.2f}   A {A:6.2f}   log p {log_p:6.2f}"
+    for t, (Q, V, A, log) in zip(episode, torch.stack(columns, 1).tolist(), strict=True):
+        numbers = f"r {t.r:4.1f}   Q {Q:6.2f}   V {V:6.2f}   A {A:6.2f}   log p {log:6.2f}"
         lines += [t.s.strip()[-80:], f"> {t.a:<24} {numbers}"]
     return "\n".join([*lines, episode[-1].s2.strip()[-80:]])
 
 
 def write_checkpoint(path, state):
-    """Whole, or not at all: a run that is stopped meanwhile keeps the checkpoint before."""
+    """Whole, or not at all: a run that is stopped meanwhile keeps the previous checkpoint."""
     with explained(f"cannot write {path}"):
         torch.save(state, f"{path}.part")
         Path(f"{path}.part").replace(path)
@@ -780,9 +801,9 @@ def run(c, saved=None):
     began = time.time()
     c, actor, critic, demonstrations = prepare(c)
     game = GAMES[c.env]
-    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # with seeds of its own
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # takes the games' generator
     folder = Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
-    print(f"writing into {folder}/; if it is stopped: python archer.py --resume {folder}")
+    print(f"writing into {folder}/; once training runs, it survives a stop: --resume {folder}")
     if not saved:
         require(not (folder / "checkpoint.pt").exists(), f"{folder} holds a run: --resume it")
         write_json(folder / "config.json", [dataclasses.asdict(c)])
@@ -816,24 +837,26 @@ def run(c, saved=None):
 
 def main(arguments=None):
     """The command line: an option for each setting, and one line for each mistake."""
-    parser = transformers.HfArgumentParser(Config, prog="archer.py", description=__doc__)
+    parser = transformers.HfArgumentParser(Config, prog="archer.py", description="ArCHer")
     parser.add_argument("--preset", choices=["paper"], help="the paper's models and settings")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
-    options, _ = parser.parse_known_args(arguments)
+    options = parser.parse_args(arguments)
     game, folder = GAMES.get(options.env), options.resume
     try:
         if folder:
-            alone = parser.parse_args(arguments) == parser.parse_args(["--resume", folder])
+            # Nothing may be given beside it.
+            alone = options == parser.parse_args(["--resume", folder])
             require(alone, "--resume takes no other option")
             with explained(f"cannot go on from {folder}"):
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
-                return run(Config(**saved["config"] | {"out": folder}), saved)
+                c = Config(**(saved["config"] | {"out": folder}))
+            return run(c, saved)
         preset = getattr(game, "paper", None) if options.preset else {}
         require(preset is not None, f"the game {options.env} has no preset")
         parser.set_defaults(**getattr(game, "settings", {}) | preset)
         return run(parser.parse_args_into_dataclasses(arguments)[0])
     except (UserError, FloatingPointError) as error:
-        parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")
+        parser.exit(2, f"\narcher: {str(error).splitlines()[0].split('. ')[0][:240]}\n")
 
 
 if __name__ == "__main__":
