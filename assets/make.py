@@ -203,9 +203,8 @@ def notebook(check=False):
     seconds = time.time() - began
     print(f"tutorial.ipynb ran in {seconds:.0f} seconds")
     if check:
-        if (
-            seconds > 3600
-        ):  # ten minutes on two quiet cores; a busy machine takes several times that
+        # The aim is ten minutes on two quiet cores. A busy machine takes several times that.
+        if seconds > 3600:
             sys.exit("the notebook must take 3,600 seconds at most")
         return
     kernel = book.metadata["kernelspec"]
