@@ -1380,13 +1380,8 @@ UTTERANCES = ["go north", "accuse butler", "", "x" * 50, "猫 go"]
 def any_text(rng):
     """Nothing, words, any Unicode, control characters, the end-of-text mark, or far too much."""
     anything = chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
-    pieces = [
-        *map(chr, range(32)),
-        *"aé∀猫😀\u200d\u0301\u202e ",
-        anything,
-        "<|endoftext|>",
-        "go n\n",
-    ]
+    pieces = [*map(chr, range(32)), *"aé∀猫😀\u200d\u0301\u202e "]
+    pieces += [anything, "<|endoftext|>", "go n\n"]
     return "".join(rng.choices(pieces, k=rng.choice([0, 1, 5, 40, 2000])))
 
 
@@ -1710,7 +1705,8 @@ def test_micro_batches_give_the_same_gradient_and_keep_less(models, name):
         found.append((Kept.most, loss, torch.cat(grads)))
     most, whole_loss, whole_grad = found[0]
     for kept, loss, grad in found[1:]:
-        assert kept < 0.8 * most and torch.allclose(loss, whole_loss, rtol=1e-3)
+        assert kept < 0.8 * most and not loss.requires_grad
+        assert torch.allclose(loss, whole_loss, rtol=1e-3)
         assert torch.allclose(grad, whole_grad, rtol=1e-3, atol=1e-4 * whole_grad.abs().max())
         most = kept
 
@@ -2017,6 +2013,7 @@ PAID = {  # what buying pays
     "search rug/open erba/choose large/buy": 0.25,
     "search green bag/open onda/buy": 0.0,
     "search lamp/open alba/choose small/search lamp/open alba/buy": 0.75,  # not chosen again
+    "search lamp/open bora/choose small/open alba/buy": 0.75,
 }
 
 
@@ -2057,7 +2054,7 @@ def test_web_shop_finds_by_words_and_sells_only_what_it_has_listed():
 QUICK = (
     "--iterations 4 --warmup-iterations 1 --episodes 4 --critic-steps 2 --batch 8 --actor-steps 1 "
     "--warm-start-steps 5 --demonstrations 20 --evaluation-episodes 2 --capacity 50 "
-    "--checkpoint-every 1 --device cpu --utterance-tokens 6"
+    "--checkpoint-every 1 --device cpu --utterance-tokens 5"
 )
 
 
@@ -2224,11 +2221,12 @@ def test_help_shows_every_setting_and_every_setting_is_read(capsys):
 PAPER = [(128, 10, 0.95), (128, 20, 0.95), (128, 10, 0.95), (128, 10, 0.98), (512, 20, 0.9)]
 
 
-@pytest.mark.parametrize("name, values", zip(GAMES, PAPER, strict=True))
+@pytest.mark.parametrize("name, values", list(zip(GAMES, PAPER, strict=True)))
 def test_a_games_settings_the_preset_and_options_overrule_each_other(name, values, monkeypatch):
     """In this order. The preset has the paper's values."""
     game = GAMES[name]
     given = []
+    monkeypatch.setattr(game, "settings", game.settings | {"gamma": 0.5})
     monkeypatch.setattr(archer, "run", given.append)
     for options in ("", "--preset paper", "--preset paper --critic-steps 7 --iterations 9"):
         archer.main(["--env", name, *options.split()])
@@ -2315,7 +2313,7 @@ def test_twenty_kills_lose_no_more_than_an_iteration(stock, quick):
                 os._exit(0)
             finally:
                 os._exit(1)
-        time.sleep(rng.uniform(0, seconds))
+        time.sleep(rng.uniform(0, 0.7 * seconds))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL), "the child could not go on"
@@ -2578,7 +2576,7 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(options, stock, quick, ca
 # ==================================================================================================
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
-SMALL = dict(re.findall(r"--(\S+) (\S+)", QUICK.replace("--utterance-tokens 6", "")))
+SMALL = dict(re.findall(r"--(\S+) (\S+)", QUICK.replace("--utterance-tokens 5", "")))
 
 
 def test_python_in_readme_runs(quick, monkeypatch):
@@ -2609,10 +2607,12 @@ def test_every_command_in_readme_is_accepted(monkeypatch):
     assert len(given) == len(commands) > 3
 
 
-def test_a_short_run_learns(tmp_path):
-    """A small part of the default run: far above its warm start."""
-    options = "--demonstrations 1000 --warm-start-steps 500 --iterations 12 --warmup-iterations 4 "
-    options += f"--episodes 64 --evaluation-episodes 100 --out {tmp_path}"
-    archer.main(options.split())
+def test_a_short_run_learns(tmp_path, monkeypatch):
+    """The detective's second half, with the key and before the cellar: far above the warm start."""
+    monkeypatch.setattr(Detective, "start", ("pantry", True, ""))
+    monkeypatch.setattr(Detective, "limit", 8)
+    options = "--demonstrations 300 --warm-start-steps 250 --iterations 10 --warmup-iterations 4 "
+    options += "--episodes 32 --batch 32 --critic-steps 60 --evaluation-episodes 60 --out "
+    archer.main(f"{options}{tmp_path}".split())
     (summary,) = lines_of(tmp_path, "summary.json")
-    assert summary["end"] > 5.5 > summary["start"] + 1
+    assert summary["end"] > summary["start"] + 2
