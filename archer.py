@@ -662,6 +662,7 @@ def build(c, texts):
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         if c.critic:
             encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
+        require(critic_tokenizer.pad_token, "its tokenizer has no padding token")
         critic = DoubleCritic(encoder, critic_tokenizer).to(device)
         critic.embed(["", "Hello.\n"])
     actor.bfloat16 = critic.bfloat16 = bool(c.actor and c.critic) and device.startswith("cuda")
@@ -733,13 +734,14 @@ def check(c):
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
         require(getattr(c, name) in known, f"--{name}: choose from {', '.join(known)}")
-    lowest = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
-    lowest |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
-    lowest |= dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "clip"), 1e-9)
-    highest = dict.fromkeys(("gamma", "tau", "expectile"), 1)
+    rates = ("actor_lr", "critic_lr", "warm_start_lr")
+    least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
+    least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
+    least |= dict.fromkeys((*rates, "clip"), 1e-9)
+    most = dict.fromkeys((*rates, "gamma", "tau", "expectile"), 1)
     for name, value in vars(c).items():
         if not isinstance(value, str):
-            low, high = lowest.get(name, 0), highest.get(name, 1e9)
+            low, high = least.get(name, 0), most.get(name, 1e9)
             require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
 
 
@@ -766,9 +768,9 @@ def prepare(c):
         trial = game()
         s, _ = trial.reset(seed=0)
         s2, r, _, _, _ = trial.step("look")
-        longest = max(len(actor.tokens_of(s)), len(actor.tokens_of(s2)))
-        require(longest <= actor.state_tokens, f"an observation has {longest} tokens, too many")
         require(math.isfinite(r), f"it pays {r}")
+        longest = max(len(actor.tokens_of(s)), len(actor.tokens_of(s2)))
+    require(longest <= actor.state_tokens, f"no room for an observation of {longest} tokens")
     ids = {a: [*actor.tokens_of(a), actor.end] for _, a, _, _, _ in turns}
     longest = max(map(len, ids.values()), default=0)
     require(longest <= c.utterance_tokens, f"this data needs --utterance-tokens {longest} at least")
@@ -824,13 +826,13 @@ def run(c, saved=None):
         actor.model.save_pretrained(folder / "actor")
         actor.tokenizer.save_pretrained(folder / "actor")
     episodes = evaluate(random.Random(f"end {c.seed}"))
-    print("\n" + dialogue(episodes[0], actor, critic) + "\n")
     summary = {"game": c.env, "seed": c.seed, "start": saved["start"], "end": mean_return(episodes)}
     summary["greedy"] = mean_return(evaluate(random.Random(f"greedy {c.seed}"), greedy=True))
     if hasattr(game, "optimal_return"):
         summary["optimum"] = game.optimal_return()
     summary |= {"episodes": c.iterations * c.episodes, "seconds": round(time.time() - began)}
     write_json(folder / "summary.json", [summary])
+    print("\n" + dialogue(episodes[0], actor, critic) + "\n")
     print("\n".join(f"{name:<10} {value}" for name, value in summary.items()))
     return summary
 
@@ -844,7 +846,6 @@ def main(arguments=None):
     game, folder = GAMES.get(options.env), options.resume
     try:
         if folder:
-            # Nothing may be given beside it.
             alone = options == parser.parse_args(["--resume", folder])
             require(alone, "--resume takes no other option")
             with explained(f"cannot go on from {folder}"):
@@ -854,7 +855,7 @@ def main(arguments=None):
         preset = getattr(game, "paper", None) if options.preset else {}
         require(preset is not None, f"the game {options.env} has no preset")
         parser.set_defaults(**getattr(game, "settings", {}) | preset)
-        return run(parser.parse_args_into_dataclasses(arguments)[0])
+        return run(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
     except (UserError, FloatingPointError) as error:
         parser.exit(2, f"\narcher: {str(error).splitlines()[0].split('. ')[0][:240]}\n")
 

@@ -339,7 +339,8 @@ def test_exact_policy_is_what_the_actor_says_and_scores():
     n = 3000
     states = POSITIONS * n
     texts, token_ids = actor.act(states)
-    assert token_ids == [actor.tokenizer.encode(tokens(x)) for x in texts]
+    written = [actor.tokenizer.encode(tokens(x)) for x in texts]
+    assert all(x == y for x, y in zip(token_ids, written, strict=True))
     counts = collections.Counter(zip(states, texts, strict=True))
     for pair, p in pi.items():
         assert abs(counts[pair] / n - p) < 4.5 * math.sqrt(p * (1 - p) / n), pair
@@ -2396,11 +2397,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(name, bad, quick, capsys, monke
         assert all(x.isfinite().all() for x in state[network].values())
 
 
-def test_a_warm_start_that_diverges_is_noticed(quick, capsys):
-    assert "not finite" in mistake(capsys, *QUICK.split(), "--warm-start-lr", "1e9", "--out", "run")
-    assert os.listdir("run") == ["config.json"]
-
-
 @pytest.mark.parametrize("turns, done", [(3, 0), (8, 1), (19, 4)])
 def test_a_game_that_pays_nan_during_a_run_stops_it(turns, done, stock, quick, capsys, monkeypatch):
     """A turn tries the game, two are the first evaluation's, four an iteration's."""
@@ -2509,7 +2505,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--gamma | --resume": "argument {}: expected one argument",
     "--seed x | --batch 1.5": "invalid int value: '{}'",
     "--gamma much": "argument --gamma: invalid float value: 'much'",
-    "--actor-lr nan": " must be 1e-09 to 1e+09, not nan",
+    "--actor-lr nan": " must be 1e-09 to 1, not nan",
     "--batch 0": " must be 1 to 1e+09, not 0",
     "--gamma 1.5 | --tau 1.5 | --expectile 1.5": " must be 0 to 1, not 1.5",
     "--actor-loss sft": "--actor_loss: choose from reinforce, baseline, ppo, awr",
@@ -2523,11 +2519,11 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor mute | --actor no_newline": "cannot use --actor '{}'",
     "--critic no/folder | --critic unpadded | --critic too_few": "cannot use --critic '{}'",
     "--utterance-tokens 300": "300 tokens leave no room for a state",
-    "--utterance-tokens 255": "an observation has 4 tokens, too many",
+    "--utterance-tokens 255": "no room for an observation of 4 tokens",
     "--utterance-tokens 1": "this data needs --utterance-tokens 5 at least",
     "--offline long_words": "this data needs --utterance-tokens 10 at least",
     # games
-    "--actor gpt2 --env huge": "an observation has 6000 tokens, too many",
+    "--actor gpt2 --env huge": "no room for an observation of 6000 tokens",
     "--demonstrations 0 | --env good | --offline no_episodes": "no demonstrations: name an --actor",
     "--actor gpt2 --env good --episodes 0": "no demonstrations: name an --actor",
     # files
