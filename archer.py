@@ -580,11 +580,9 @@ ACTOR_LOSSES = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "
 
 
 def variant(c):
-    """The class that the settings name: ArCHer itself, or a subclass."""
+    """The class that the settings name. With iql, the critic's methods are those of WithIQL."""
     learner = ACTOR_LOSSES[c.actor_loss]
-    if c.critic_loss == "iql":
-        learner = type("WithIQL", (WithIQL, learner), {})  # critic from one, actor from the other
-    return learner
+    return type("Mixed", (WithIQL, learner), {}) if c.critic_loss == "iql" else learner
 
 
 # ==================================================================================================
