@@ -8,7 +8,7 @@ whose reward is the critic's advantage (Eq. 3).
     python archer.py --env twenty_questions   another game, about three minutes
     python archer.py --help                   every setting
 
-On one GPU, with the paper's models and hyper-parameters:
+On one GPU, with the paper's models, and the settings of the paper and its released code:
 
     python archer.py --preset paper --env twenty_questions_full
 
@@ -18,8 +18,9 @@ first reading it can be skipped.
 Left out: LoRA, several GPUs.
 
 Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
-state, A an advantage. In shapes, B is the batch, T counts the tokens of a text, L those of an
-utterance, H is the width of the encoder; [2, B] has a row for each member of the double critic.
+state (s' in the paper), A an advantage. In shapes, B is the batch, T counts the tokens of a text, L
+those of an utterance, H is the width of the encoder; [2, B] has a row for each member of the double
+critic.
 """
 
 import collections
@@ -59,9 +60,11 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = setting(2000, "episodes to imitate; 0: the actor must speak already")
+    demonstrations: int = setting(
+        2000, "to imitate, and first in the buffer; 0: a pretrained actor"
+    )
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
-    warm_start_lr: float = setting(2e-3, "falls to 0; large: blind to details; pretrained: 1e-4")
+    warm_start_lr: float = setting(2e-3, "decays to 0; large: details are lost; pretrained: 1e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: nothing new")
     warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
@@ -74,18 +77,18 @@ class Config:
     gamma: float = setting(0.97, "discount per turn; 0: the next reward only, 1: no hurry")
     tau: float = setting(0.2, "soft update; 1: no target network, 0: it never moves")
 
-    actor_steps: int = setting(4, "per iteration; 0: critic only, many: leaves its data")
+    actor_steps: int = setting(4, "per iteration; 0: critic only, many: leaves the buffer's data")
     actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
     batch: int = setting(128, "examples per gradient step; small: noisy, large: slow")
     micro_batch: int = setting(0, "examples per backward pass; small: less memory; 0: all")
-    clip: float = setting(1.0, "gradient norm; tiny: all steps equally long, huge: none")
+    clip: float = setting(1.0, "largest gradient norm; huge: no clipping")
 
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
     baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
-    ppo_epochs: int = setting(3, "steps on the same utterances; 1: Eq. 3, many: clipped")
+    ppo_epochs: int = setting(3, "steps on the same utterances; 1: the gradient of Eq. 3")
     ppo_clip: float = setting(0.2, "of a token's ratio; 0: one step only, huge: no clipping")
-    awr_beta: float = setting(1.0, "0: copies everything logged, large: the best only")
-    critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances")
+    awr_beta: float = setting(1.0, "0: copies everything logged, large: whatever has A > 0")
+    critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
     offline: str = setting("", "file of episodes to learn from without playing; empty: play")
@@ -96,10 +99,11 @@ class Config:
 # The algorithm
 # ==================================================================================================
 
-# One turn. s: all that the agent may know, as text. a: the utterance, without its newline. ids: its
-# tokens as they were sampled, the end token included unless the utterance was cut. r: the reward.
-# s2: the next state. done: the task ended at s2, whose value is 0. A time limit is not `done`:
-# there the critic bootstraps.
+# One turn. s: all that the agent may know, as text; its last line is complete. a: the utterance,
+# without its newline. ids: its tokens as they were sampled, the end token included unless the
+# utterance was cut; used by the warm start and Eq. 7. r: the reward. s2: the next state. done: the
+# task ended at s2, whose value is 0. It is False at a time limit that is no part of the task
+# (`truncated`): there the critic bootstraps.
 Transition = collections.namedtuple("Transition", "s a ids r s2 done")
 
 
@@ -125,7 +129,7 @@ def pad(sequences, fill, device, side):
     """
     sequences = [torch.tensor(ids) for ids in sequences]
     ids = nn.utils.rnn.pad_sequence(sequences, True, -1, padding_side=side).to(device)
-    mask = (ids >= 0).long()  # -1 marks padding
+    mask = (ids >= 0).long()  # padding is -1 so far
     return ids.masked_fill(mask == 0, fill), mask
 
 
@@ -135,34 +139,38 @@ def split(items, size):
 
 
 class Actor(nn.Module):
-    """The policy pi(a|s): a causal language model that speaks until a newline, its end token.
+    """The policy pi(a|s): a causal language model that says a line; a newline is its end token.
 
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
-    gap. Position ids skip the padding, so that a row does not depend on its batch mates.
+    gap. Position ids skip the padding, so that a row does not depend on its batch mates. Never call
+    `train()`: with dropout, what is scored would not be what was sampled.
     """
 
-    bfloat16 = False  # inside the model; log-probabilities and losses stay in float32
+    bfloat16 = False  # inside the model; softmax and losses are in float32
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
-        """tokenizer: with a single token for a newline. utterance_tokens: at most, with the end."""
+        """tokenizer: has a token for a newline. utterance_tokens: per utterance, the most."""
         super().__init__()
-        self.model = model.eval()  # no dropout: what is scored is what was sampled
+        self.model = model.eval()
         self.tokenizer = tokenizer
-        # A text's own tokens, without special ones. Cached, since texts repeat a lot.
+        # A text's own tokens, without special ones. Cached: the lists must not be changed.
         self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, add_special_tokens=False))
         self.utterance_tokens = utterance_tokens
         (self.end,) = self.tokens_of("\n")
         self.state_tokens = model.config.max_position_embeddings - utterance_tokens
 
     def encode(self, states):
-        """A list of token ids for each state. A state too long for the context loses its start."""
+        """A list of token ids for each state, which loses its start if the context is too short.
+
+        An empty state becomes one end token, so that something precedes the utterance.
+        """
         return [self.tokens_of(s)[-self.state_tokens :] or [self.end] for s in states]
 
     def forward(self, ids, mask, keep, cache=None):
         """Logits of the last `keep` positions, [B, keep, vocabulary], and the cache.
 
-        ids: [B, T], the tokens that are not in the cache. mask: of the cached ones, too.
+        ids: [B, T], the tokens that are not in the cache. mask: [B, cached + T].
         """
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding does not count
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -180,7 +188,8 @@ class Actor(nn.Module):
         cache.reorder_cache(copies)  # from here on one row per state
         logits, mask = logits[copies], mask[copies]
         tokens = torch.full((len(states), self.utterance_tokens), self.end, device=ids.device)
-        active = torch.arange(len(states), device=ids.device)  # the rows that have not ended
+        # `tokens` has a row per state; logits, mask and cache only have the rows of `active`.
+        active = torch.arange(len(states), device=ids.device)  # those that have not ended
         for i in range(self.utterance_tokens):
             p = logits[:, -1].softmax(1)
             token = p.argmax(1) if greedy else torch.multinomial(p, 1).squeeze(1)
@@ -189,12 +198,13 @@ class Actor(nn.Module):
             if len(unended) == 0 or i + 1 == self.utterance_tokens:
                 break
             active = active[unended]
-            cache.reorder_cache(unended)
+            cache.reorder_cache(unended)  # drops the others
             mask = nn.functional.pad(mask[unended], (0, 1), value=1)
             logits, cache = self(token[unended, None], mask, keep=1, cache=cache)
-        lengths = 1 + (tokens != self.end).sum(1)  # with the end token, if there is one
+        # With the end token. A cut row has none: there the slice is the whole row.
+        lengths = 1 + (tokens != self.end).sum(1)
         token_ids = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-        return [self.tokenizer.decode(ids).split("\n")[0] for ids in token_ids], token_ids
+        return [self.tokenizer.decode(row).split("\n")[0] for row in token_ids], token_ids
 
     def join(self, states, token_ids):
         """Each state and its utterance as one sequence: ids and mask, [B, T], and `spoken`, [B, L].
@@ -209,7 +219,7 @@ class Actor(nn.Module):
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
 
-        Returns log-probabilities, which mean something where spoken is 1, and spoken: [B, L] each.
+        Returns log-probabilities, valid only where spoken is 1, and spoken: [B, L] each.
         """
         ids, mask, spoken = self.join(states, token_ids)
         L = spoken.shape[1]
@@ -219,7 +229,8 @@ class Actor(nn.Module):
 
 
 def value_head(inputs, h):
-    """inputs-h-h-1 with ReLU. The orthogonal weights are ours: a head should not start linear."""
+    """inputs-h-h-1 with ReLU. The orthogonal weights are ours: with PyTorch's own, Q needs more
+    steps to tell utterances apart."""
     layers = [nn.Linear(inputs, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
     for layer in layers[::2]:  # the linear ones
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -232,9 +243,10 @@ class DoubleCritic(nn.Module):
     bfloat16 = False  # inside the encoder; values and losses stay in float32
 
     def __init__(self, encoder, tokenizer):
-        """tokenizer: has a padding token; cuts texts to its `model_max_length`, on the left."""
+        """tokenizer: needs a padding token, a `model_max_length`, and `truncation_side="left"`;
+        the usual side, right, would drop the latest turns."""
         super().__init__()
-        self.encoder = encoder.eval()  # no dropout
+        self.encoder = encoder.eval()  # no dropout, as in Actor
         self.tokenizer = tokenizer
         self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, truncation=True))
         h = encoder.config.hidden_size
@@ -242,9 +254,10 @@ class DoubleCritic(nn.Module):
         self.v_heads = nn.ModuleList([value_head(h, h), value_head(h, h)])
 
     def embed(self, texts):
-        """[B, H]: the mean over a text's tokens. Each distinct text is encoded once."""
+        """[B, H]: the mean over a text's tokens, special ones included. The released code takes
+        the encoder's `pooler_output`. Each distinct text is encoded once."""
         index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        sequences = [self.tokens_of(text or "\n") for text in index]  # no text has no mean
+        sequences = [self.tokens_of(text or "\n") for text in index]  # "" may have no tokens
         ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.encoder.device, "right")
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -252,7 +265,7 @@ class DoubleCritic(nn.Module):
         return pooled[torch.tensor([index[text] for text in texts], device=ids.device)]
 
     def forward(self, s, a):
-        """Q of utterances at states and V of the states, [2, B] each, from texts."""
+        """Q of utterances at states and V of the states, [2, B] each. s, a: lists of B texts."""
         e_s, e_a = self.embed([*s, *a]).split(len(s))
         return self.q(e_s, e_a), self.v(e_s)
 
@@ -275,7 +288,8 @@ def soft_update(target, online, tau):
 def q_loss(q, r, done, next_v, gamma):
     """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
-    q, next_v: [2, B]; each Q has its own V. r, done: [B]. next_v comes from the target network.
+    q, next_v: [2, B]; each Q has its own V. r, done: [B]; done is 0 or 1. next_v comes from the
+    target network. Returns a mean over B, summed over both.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
@@ -284,20 +298,21 @@ def q_loss(q, r, done, next_v, gamma):
 def v_loss(v, fresh_q):
     """V learns the Q of an utterance that the present actor says, not of the logged one (Eq. 2).
 
-    v, fresh_q: [2, B]; each V has its own Q. fresh_q comes from the target network.
+    v, fresh_q: [2, B]; each V has its own Q. fresh_q comes from the target network. Returns a mean
+    over B, summed over both.
     """
     return (v - fresh_q.detach()).pow(2).mean(1).sum()
 
 
 def advantage(q, v):
-    """min(Q1, Q2) - min(V1, V2), [2, B] each -> [B]. The minimum curbs overestimation (Sec. 3)."""
+    """min(Q1, Q2) - min(V1, V2), [2, B] each -> [B]. The minimum of two reduces overestimation."""
     return q.min(0).values - v.min(0).values
 
 
 def actor_loss(log_p, spoken, A):
     """The policy gradient: -A times the SUM of an utterance's log-probabilities (Eq. 3).
 
-    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]. A: [B].
+    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; finite at padding, too. A: [B].
     """
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
@@ -305,10 +320,11 @@ def actor_loss(log_p, spoken, A):
 def descend(loss_of, examples, optimizer, c):
     """One clipped step on a loss that is a mean over examples. Returns the loss, detached.
 
-    examples: a list of tuples. loss_of: takes their columns, a tuple for each field, and returns a
-    loss, or a vector of losses whose sum is descended. c: `clip` and `micro_batch`, the number of
-    examples that go through the network at a time; their gradients add up, which is the same step
-    in less memory. Raises FloatingPointError before a gradient that is not finite is used.
+    examples: a list of tuples. loss_of: called with their columns, a tuple for each field; returns
+    a loss, or a vector of losses whose sum is descended. c.clip: the largest gradient norm.
+    c.micro_batch: examples per backward pass; the gradients add up to the same step, in less
+    memory. optimizer: of one network, in one group. Raises FloatingPointError before a gradient
+    that is not finite is used.
     """
     optimizer.zero_grad()
     total = 0.0
@@ -328,15 +344,16 @@ def rollout(game, actor, episodes, rng, greedy=False):
     """Plays `episodes` games side by side. Returns a list of episodes, lists of transitions.
 
     game: a class; reset(seed=...) -> (s, info), step(a) -> (s2, r, terminated, truncated, info).
-    Easy to overlook: a time limit (`truncated`) ends an episode, but is not `done`. Raises
-    FloatingPointError for a reward that is not finite.
+    rng: a random.Random, for the games' seeds; utterances are drawn by torch's generator. Easy to
+    overlook: `truncated` ends an episode, but is not `done`. Raises FloatingPointError for a
+    reward that is not finite.
     """
     games = [game() for _ in range(episodes)]
     played = [[] for _ in games]
     states = {i: g.reset(seed=rng.randrange(2**31))[0] for i, g in enumerate(games)}
     while states:  # of the games that still run
         utterances, token_ids = actor.act(list(states.values()), greedy)
-        for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
+        for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # over a copy
             s2, r, terminated, truncated, _ = games[i].step(a)
             if not math.isfinite(r):
                 raise FloatingPointError(f"the game paid {r}")
@@ -360,15 +377,15 @@ class ArCHer:
 
     # The attributes that have a state_dict of their own.
     stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
-    loss_of_v = staticmethod(v_loss)  # Eq. 2, of V and of Q at `utterances_for_v`
+    loss_of_v = staticmethod(v_loss)  # like `utterances_for_v`, another one in Eq. 6
 
     def __init__(self, game, actor, critic, demonstrations, c):
-        """game, demonstrations: as `rollout` takes and returns them. c: a Config."""
+        """game: as for `rollout`. demonstrations: episodes as it returns them. c: a Config."""
         self.game = game
         self.actor = actor
         self.critic = critic
         self.c = c
-        self.target = copy.deepcopy(critic).requires_grad_(False)  # (Alg. 1, line 1)
+        self.target = copy.deepcopy(critic).requires_grad_(False)  # of Q and V (Alg. 1, line 1)
         self.actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr, fused=True)
         self.buffer = ReplayBuffer(c.capacity, c.seed)  # (Alg. 1, line 2)
@@ -378,23 +395,24 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # One generator seeds the games and samples the buffer. (Alg. 1, lines 4-7)
+        # The buffer's generator also seeds the games: one state less to save. (Alg. 1, lines 4-7)
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor rests while the critic learns: all utterances for Eq. 2 can be drawn at once.
         transitions = self.buffer.sample(c.critic_steps * c.batch)
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
-        critic_steps = []
+        critic_updates = []
         for batch in split(examples, c.batch):  # (Alg. 1, line 8)
             # Q and V step together, since they share an encoder. (Alg. 1, lines 9-10)
-            critic_steps.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
+            critic_updates.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
             soft_update(self.target, self.critic, c.tau)  # (Alg. 1, lines 12-15)
 
         steps = c.actor_steps if self.iteration >= c.warmup_iterations else 0
-        actor_steps = [self.actor_step() for _ in range(steps)]  # (Alg. 1, lines 20-23)
+        # (Alg. 1, lines 20-23; lines 16-19 are in WithBaseline)
+        actor_updates = [self.actor_step() for _ in range(steps)]
         self.iteration += 1
-        return metrics(self, critic_steps, actor_steps)
+        return metrics(self, critic_updates, actor_updates)
 
     def utterances_for_v(self, transitions):
         """For Eq. 2, what the present actor says at each state; 1,024 at a time to bound memory."""
@@ -402,7 +420,7 @@ class ArCHer:
         return [a for states in batches for a in self.actor.act(states)[0]]
 
     def critic_losses(self, batch, utterances):
-        """J_Q and J_V, stacked: [2]. batch: transitions; utterances: one at each one's state."""
+        """J_Q and J_V, stacked: [2]. batch: transitions; utterances: one for each, at its state."""
         s, a, _, r, s2, done = zip(*batch, strict=True)
         q, v = self.critic(s, a)
         e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).split(len(s))
@@ -420,8 +438,9 @@ class ArCHer:
     def actor_examples(self):
         """Tuples (s, token ids, A): states from the buffer, utterances from the present actor.
 
-        Easy to overlook: the logged utterances play no part in the policy gradient. A is neither
-        centred nor scaled, as in the paper.
+        Easy to overlook: the logged utterances play no part in the policy gradient. A, a scalar
+        tensor, is neither centred nor scaled, as in the paper: where all of a batch are negative,
+        all its utterances become less likely.
         """
         s = [t.s for t in self.buffer.sample(self.c.batch)]
         a, token_ids = self.actor.act(s)
@@ -456,7 +475,7 @@ class ArCHer:
 
 
 def baseline_loss(v, spoken, A):
-    """A value for each token, before it is said, learns the utterance's advantage (Eq. 4).
+    """The token baseline V~: its value before each token learns the utterance's advantage (Eq. 4).
 
     v, spoken: [B, L]. A: [B].
     """
@@ -490,7 +509,7 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
 def ppo_loss(log_p, old_log_p, spoken, A, clip):
     """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
 
-    log_p, old_log_p, spoken: [B, L]. A: [B, 1], of utterances, or [B, L], of tokens.
+    log_p, old_log_p, spoken: [B, L]. A: [B, 1], of utterances (not [B]), or [B, L], of tokens.
     """
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -498,11 +517,11 @@ def ppo_loss(log_p, old_log_p, spoken, A, clip):
 
 
 class TokenBaseline(nn.Module):
-    """V~(s, a^{1:i-1}): a language model of its own, with a value head."""
+    """V~(s, a^{1:i-1}): a value head on a language model of its own, at first the actor's copy."""
 
     def __init__(self, actor):
         super().__init__()
-        self.join = actor.join
+        self.join = actor.join  # a method: the actor does not become a part of this module
         self.model = copy.deepcopy(actor.model.base_model)
         self.head = nn.Linear(self.model.config.hidden_size, 1, device=self.model.device)
 
@@ -533,7 +552,8 @@ class WithBaseline(ArCHer):
         return baseline_loss(*self.baseline(s, token_ids), torch.stack(A))
 
     def loss_of_actor(self, s, token_ids, A):
-        v, _ = self.baseline(s, token_ids)
+        with torch.no_grad():
+            v, _ = self.baseline(s, token_ids)
         return actor_loss_with_baseline(*self.actor.log_probs(s, token_ids), torch.stack(A), v)
 
 
@@ -542,6 +562,7 @@ class WithPPO(ArCHer):
 
     def actor_step(self):
         examples = self.actor_examples()
+        # Its log-probabilities are computed when needed, since each micro-batch pads differently.
         self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for _ in range(self.c.ppo_epochs):
             loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
@@ -558,6 +579,7 @@ class WithAWR(ArCHer):
 
     @torch.no_grad()
     def actor_examples(self):
+        """Tuples (s, token ids, A), all of them logged."""
         s, a, token_ids, *_ = zip(*self.buffer.sample(self.c.batch), strict=True)
         return list(zip(s, token_ids, advantage(*self.critic(s, a)), strict=True))
 
@@ -580,7 +602,7 @@ ACTOR_LOSSES = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "
 
 
 def variant(c):
-    """The class that the settings name. With iql, the critic's methods are those of WithIQL."""
+    """The class that the settings name. With iql, the two methods of WithIQL come first."""
     learner = ACTOR_LOSSES[c.actor_loss]
     return type("Mixed", (WithIQL, learner), {}) if c.critic_loss == "iql" else learner
 
@@ -610,7 +632,7 @@ def explained(what):
 
 
 def tiny_tokenizer(texts):
-    """Byte-level BPE trained on a game's texts: its words are single tokens, any text encodes."""
+    """Byte-level BPE trained on a game's texts: frequent words are one token, any text encodes."""
     words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n| ?\S+|\s"), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     end = "<|endoftext|>"
@@ -622,7 +644,7 @@ def tiny_tokenizer(texts):
 
 
 def tiny_gpt2(vocabulary):
-    """ReLU and wide initial weights let models of this size learn from few examples."""
+    """Found by trial: ReLU and wide initial weights let such a model learn from few examples."""
     size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "vocab_size": vocabulary}
     size |= {"activation_function": "relu", "initializer_range": 0.2, "bos_token_id": 0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(eos_token_id=0, **size))
@@ -645,9 +667,13 @@ def load(name, model_class):
 
 
 def build(c, texts):
-    """Actor and critic on their device. texts: what the tokenizer of tiny models learns from."""
+    """Actor and critic on their device. texts: what the tokenizer of tiny models learns from.
+
+    If both are tiny, torch is set to one thread.
+    """
     if not (c.actor or c.critic):
-        torch.set_num_threads(1)  # tiny models gain little from a second thread
+        torch.set_num_threads(1)  # a second one gains little, and much time is lost on busy cores
+    # Tiny ones, which are replaced below if the settings name others.
     tokenizer = critic_tokenizer = tiny_tokenizer(texts)
     model, encoder = tiny_gpt2(len(tokenizer)), tiny_roberta(len(tokenizer))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -656,7 +682,7 @@ def build(c, texts):
             model, tokenizer = load(c.actor, transformers.AutoModelForCausalLM)
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
         require(actor.state_tokens > 0, f"{c.utterance_tokens} tokens leave no room for a state")
-        actor.act(["", "Hello.\n"])  # a trial: what does not work here should not fail hours later
+        actor.act(["", "Hello.\n"])  # a trial: better here than hours later
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         if c.critic:
             encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
@@ -688,18 +714,23 @@ def warm_start(actor, demonstrations, c):
 
 
 def mean_return(episodes, gamma=1.0):
+    """The mean over episodes of the sum of gamma^k r_k."""
     return sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
 
 
-def metrics(learner, critic_steps, actor_steps):
-    """The numbers of an iteration: losses, the spread of A, and of the episodes played the mean
-    return, length and discounted return, and min V of their first states ("value"). An honest
-    critic's value is close to the discounted return."""
-    q, v = torch.stack(critic_steps).mean(0).tolist()
+@torch.no_grad()
+def metrics(learner, critic_updates, actor_updates):
+    """The numbers of an iteration, a dict.
+
+    Losses: means over the steps. advantage_std: the spread of A. Of the episodes played, means:
+    return, discounted_return, turns, and value, which is min V of their first states. Where few
+    episodes are truncated, value should come near discounted_return.
+    """
+    q, v = torch.stack(critic_updates).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
-    if actor_steps:
-        A = torch.stack([example[2] for examples, _ in actor_steps for example in examples])
-        numbers["actor_loss"] = sum(loss.item() for _, loss in actor_steps) / len(actor_steps)
+    if actor_updates:
+        A = torch.stack([A for examples, _ in actor_updates for _, _, A in examples])
+        numbers["actor_loss"] = sum(loss.item() for _, loss in actor_updates) / len(actor_updates)
         numbers["advantage_std"] = A.std(correction=0).item()
     if learner.played:
         first = learner.critic.embed([episode[0].s for episode in learner.played])
@@ -710,11 +741,11 @@ def metrics(learner, critic_steps, actor_steps):
     return numbers
 
 
-def write_json(path, lines):
-    """One JSON value per line."""
+def write_json(path, values):
+    """One JSON value per line; whatever was in the file is replaced."""
     with explained(f"cannot write {path}"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+        Path(path).write_text("".join(json.dumps(x) + "\n" for x in values), encoding="utf-8")
 
 
 def read_episodes(path):
@@ -755,6 +786,7 @@ def prepare(c):
     episodes = []
     if c.offline:
         episodes = read_episodes(c.offline)
+        # No play, and all of the file in the buffer.
         c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, episodes))))
     elif c.demonstrations and hasattr(game, "demonstrations"):
         episodes = game.demonstrations(c.demonstrations, c.seed)
@@ -765,7 +797,7 @@ def prepare(c):
     with explained(f"{c.env} is no game as README describes one"):
         trial = game()
         s, _ = trial.reset(seed=0)
-        s2, r, _, _, _ = trial.step("look")
+        s2, r, _, _, _ = trial.step("look")  # a game must answer whatever is said
         require(math.isfinite(r), f"it pays {r}")
         longest = max(len(actor.tokens_of(s)), len(actor.tokens_of(s2)))
     require(longest <= actor.state_tokens, f"no room for an observation of {longest} tokens")
@@ -797,11 +829,14 @@ def write_checkpoint(path, state):
 
 
 def run(c, saved=None):
-    """A whole run: warm start, Algorithm 1, evaluation. saved: a checkpoint to go on from."""
+    """A whole run: warm start, Algorithm 1, evaluation. Returns its summary.
+
+    saved: a checkpoint to go on from; without one, it becomes what every checkpoint holds.
+    """
     began = time.time()
     c, actor, critic, demonstrations = prepare(c)
     game = GAMES[c.env]
-    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # takes the games' generator
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # called with a generator
     folder = Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
     print(f"writing into {folder}/; once training runs, it survives a stop: --resume {folder}")
     if not saved:
@@ -815,7 +850,7 @@ def run(c, saved=None):
         with explained(f"the checkpoint in {folder} belongs to another run"):
             learner.load_state_dict(saved["learner"])
     for i in tqdm(range(learner.iteration, c.iterations), "ArCHer"):
-        if i % (c.checkpoint_every or c.iterations) == 0:
+        if i % (c.checkpoint_every or c.iterations) == 0:  # with 0, at the first only
             write_checkpoint(folder / "checkpoint.pt", saved | {"learner": learner.state_dict()})
         saved["metrics"].append(learner.iterate())
         write_json(folder / "metrics.jsonl", saved["metrics"])
@@ -844,7 +879,7 @@ def main(arguments=None):
     game, folder = GAMES.get(options.env), options.resume
     try:
         if folder:
-            alone = options == parser.parse_args(["--resume", folder])
+            alone = options == parser.parse_args(["--resume", folder])  # the rest is as by default
             require(alone, "--resume takes no other option")
             with explained(f"cannot go on from {folder}"):
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
@@ -852,9 +887,10 @@ def main(arguments=None):
             return run(c, saved)
         preset = getattr(game, "paper", None) if options.preset else {}
         require(preset is not None, f"the game {options.env} has no preset")
+        # A game without settings, or none at all, which `check` refuses, changes no default.
         parser.set_defaults(**getattr(game, "settings", {}) | preset)
         return run(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
-    except (UserError, FloatingPointError) as error:
+    except (UserError, FloatingPointError) as error:  # one sentence of what can be a paragraph
         parser.exit(2, f"\narcher: {str(error).splitlines()[0].split('. ')[0][:240]}\n")
 
 

@@ -1234,7 +1234,7 @@ ZOO = {
         # Targets are synced once an iteration. Slow: a reward hardly travels back in an iteration.
         (
             "soft_update(self.target, self.critic, c.tau)",
-            "if len(critic_steps) == 1: soft_update(self.target, self.critic, c.tau)",
+            "if len(critic_updates) == 1: soft_update(self.target, self.critic, c.tau)",
         ),
         # The target is the critic itself. `q_loss` is restless, and `value` overshoots.
         ("self.target = copy.deepcopy(critic).requires_grad_(False)", "self.target = critic"),
