@@ -1650,8 +1650,21 @@ def test_critic_targets_come_from_the_target_network_and_from_fresh_utterances(m
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("actor_loss", ["reinforce", "awr"])
+def test_advantages_come_from_the_critic_not_from_its_target(actor_loss, models):
+    actor, critic = models
+    learner = learner_of(models, actor_loss=actor_loss)
+    learner.buffer.add(some_transitions(actor))
+    for p in learner.target.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    s, token_ids, A = zip(*learner.actor_examples(), strict=True)
+    a = [actor.tokenizer.decode(ids).split("\n")[0] for ids in token_ids]
+    assert torch.allclose(torch.stack(A), archer.advantage(*critic(s, a)), atol=1e-5)
+
+
 def test_bfloat16_stays_inside_the_models(models, monkeypatch):
     """Close to float32, and not equal; values, losses, weights and gradients are float32."""
+    assert not (Actor.bfloat16 or DoubleCritic.bfloat16)  # only `build` turns it on
     actor, critic = models
     said = [ids_of(actor, a) for a in UTTERANCES[:2]]
     exact = [actor.log_probs(STATES[:2], said)[0], *critic(STATES[:2], UTTERANCES[:2])]
