@@ -1660,6 +1660,7 @@ def test_advantages_come_from_the_critic_not_from_its_target(actor_loss, models)
     s, token_ids, A = zip(*learner.actor_examples(), strict=True)
     a = [actor.tokenizer.decode(ids).split("\n")[0] for ids in token_ids]
     assert torch.allclose(torch.stack(A), archer.advantage(*critic(s, a)), atol=1e-5)
+    assert not A[0].requires_grad
 
 
 def test_bfloat16_stays_inside_the_models(models, monkeypatch):
