@@ -6,10 +6,11 @@ They follow the Gymnasium calling convention without depending on Gymnasium:
     observation, info = game.reset(seed=0)
     observation, reward, terminated, truncated, info = game.step("go north")
 
-Your own game needs only these two methods and no base class. The games below share `TextGame`: in
-each of them one hidden thing is drawn uniformly, and everything else follows fixed rules. Dynamic
-programming therefore solves them exactly. One game is too large for that: its optimum is known
-only between a lower and an upper bound.
+Your own game needs only these two methods, and no base class. End its observations with a newline.
+
+The games below share `TextGame`: in each of them one hidden thing is drawn uniformly, and
+everything else follows fixed rules. Dynamic programming therefore solves them exactly. One game is
+too large for that: its optimum is known only between a lower and an upper bound.
 """
 
 import functools
@@ -27,11 +28,11 @@ class TextGame:
 
     hidden_things: tuple  # everything that may be hidden; `reset` draws one uniformly
     public = False  # whether the first observation shows the hidden thing, which is then a goal
-    utterances: tuple  # every utterance that the rules understand
+    utterances: tuple  # what optimum, random play and demonstrations choose from
     start = ()  # the position at the start; positions are hashable and known to the player
     limit: int  # maximum number of turns in an episode
     limit_is_part_of_task: bool  # True: the limit terminates; False: it truncates; see `step`
-    skill = 0.5  # the best demonstrator's probability of saying the optimal utterance in a turn
+    skill = 0.5  # how often the best demonstrator says `best_utterance`; else a random one
     settings = {}  # what the command line changes in archer.py's defaults for this game, and why
     paper = {  # what `--preset paper` changes; every game adds the paper's values for its task
         # the paper's models
@@ -211,8 +212,8 @@ class TwentyQuestions(TextGame):
 
     The reply is "yes" or "no", or "what?" to an utterance that is not understood. Reward -1 a turn,
     0 on the winning turn; after turn 20 the game is lost. The observation is the dialogue so far.
-    Each reply is joined to the last word of its utterance, as in "alive?no". With a space, "alive?
-    no", a small network would first have to learn which reply belongs to which question.
+    Each reply is joined to the last word of its utterance, as in "alive?no". With a space between
+    them a small network would first have to learn which reply belongs to which question.
 
     Optimum -3, in 4 turns on average; random play -10.05; demonstrations about -7.0.
 
@@ -224,7 +225,7 @@ class TwentyQuestions(TextGame):
         "big?": "cow oak car boat",
         "at home?": "dog rose piano spoon book",
     }
-    replies = {  # (question, thing): reply; the reply to every other question is "no"
+    replies = {  # (question, thing): reply; the reply to every other pair is "no"
         (question, thing): "yes" for question, things in facts.items() for thing in things.split()
     }
     hidden_things = tuple(dict.fromkeys(thing for _, thing in replies))  # each thing once, in order
@@ -374,7 +375,8 @@ class TwentyQuestionsFull(TwentyQuestions):
     def best(cls, position, belief, turns_left):
         """Returns the question that splits the belief most evenly.
 
-        If no question has at least two things on each side, returns a guess instead.
+        If no question has at least two things on each side, returns a guess instead: it splits off
+        one thing as well, and may win.
         """
 
         def larger_part(question):
@@ -464,7 +466,8 @@ class GuessMyCity(TwentyQuestions):
         before a question. Nothing is lost by this. Suppose that a plan guesses first, and postpone
         that guess to the point where its city is the only one left. Then every other city is found
         one turn sooner. The postponed city is found later, but by no more turns than there are
-        other cities, because each of these turns rules out at least one of them.
+        other cities, because each of these turns rules out at least one of them. So all other
+        cities gain a turn each, and one loses no more turns than that.
         """
         n = len(belief)
         plans = [(-(n - 1) / 2, f"is the city called {belief[0]}?")]  # guess one city after another
@@ -496,7 +499,7 @@ class Detective(TextGame):
     The cellar is locked; its key is in the study. Reward 1 for taking the key, 2 for taking the
     note, 7 for accusing the culprit. A wrong accusation ends the game with reward 0. Without the
     note every accusation is refused. Play is truncated after 30 turns. The observation is the last
-    reply, the room and the possessions. The state is Markov, apart from the culprit, whom the note
+    reply, the room and the possessions. It is a Markov state, apart from the culprit, whom the note
     reveals.
 
     Optimum 10, in 10 turns; random play 0.23; demonstrations about 3.7.
@@ -552,7 +555,8 @@ class Detective(TextGame):
         return f"{reply} {room.capitalize()}: {', '.join(things) or 'nothing'}\n"
 
     def demonstrate(self, rng, skill):
-        """As in the other games, but half of the accusations name a random person."""
+        """As in the other games, but half of the accusations name a random person: whether to
+        follow the note is left to be learned."""
         utterance = super().demonstrate(rng, skill)
         if utterance.startswith("accuse") and rng.random() < 0.5:
             return f"accuse {rng.choice(self.hidden_things)}"
@@ -564,15 +568,15 @@ class WebShop(TextGame):
 
     Every episode has its own goal, a size, a colour, a kind and a maximum price, which the first
     observation shows. Only buying earns a reward: the share of the four wishes that the article
-    meets, from 0 to 1. The size is met only if the player has chosen it. A search lists the three
-    articles that match most of its words, and only an article on the latest list can be opened.
+    meets, from 0 to 1. The size is met only if the player has chosen it. A search lists up to
+    three articles, those that share the most words with it, and only one of these can be opened.
     Play is truncated after 10 turns. The observation is the goal and the dialogue since the latest
     search. Nothing before that search matters.
 
     Optimum 1, in 4 turns; random play 0.01; demonstrations about 0.40.
 
-    The paper's WebShop also has 10 turns, shows the same and pays from 0 to 1 for similarity to the
-    goal. This shop is tiny in comparison.
+    The paper's WebShop also has 10 turns and pays from 0 to 1 for similarity to the goal; it shows
+    the whole dialogue. This shop is tiny in comparison.
     """
 
     public = True
@@ -651,7 +655,8 @@ class WebShop(TextGame):
         return f"Wanted: {size} {colour} {kind} under-{maximum}{dialogue}\n"
 
     def demonstrate(self, rng, skill):
-        """As in the other games, but often buys the open article at once or opens a random one."""
+        """As in the other games, but often buys the open article at once or opens a random one: to
+        choose with care is left to be learned."""
         listed, article, _ = self.position
         utterance = super().demonstrate(rng, skill)
         if article and rng.random() < 0.4:

@@ -1,7 +1,7 @@
-"""What can be proved is proved here: `pytest`. Nothing is downloaded; models are tiny and new.
+"""Tests: `pytest`. Nothing is downloaded; models are tiny and new.
 
-The first half holds the algorithm against a task that is small enough to enumerate. The second half
-tests models, games, whole runs, checkpoints and mistakes.
+The first half compares the algorithm with exact solutions of a task that is small enough to
+enumerate. The second half tests models, games, whole runs, checkpoints and mistakes.
 """
 
 import collections
@@ -18,7 +18,6 @@ import os
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -68,7 +67,7 @@ def some_transitions(actor, n=12):
     return [Transition(s, a, ids_of(actor, a), r, s2, done) for s, a, r, s2, done in turns]
 
 
-def gradient(network):
+def gradient_size(network):
     """The sum of the absolute gradients of a network."""
     return sum(float(p.grad.abs().sum()) for p in network.parameters() if p.grad is not None)
 
@@ -96,7 +95,7 @@ def draw_law(rng):
     return law
 
 
-LAW = draw_law(random.Random(39))  # with planning: see the test of the whole of Algorithm 1
+LAW = draw_law(random.Random(39))  # a seed with which looking at the next reward is not enough
 UNIFORM = dict.fromkeys(LAW, 1 / len(SAYINGS))  # a policy that says everything equally often
 
 
@@ -295,7 +294,7 @@ def parrot_demonstrations():
 
 
 def parrot_learner(demonstrations=(), logits=None, critic=None, **settings):
-    """The class that the settings name, on this task."""
+    """A learner for this task, of the class that the settings name."""
     defaults = {"gamma": GAMMA, "tau": 0.2, "batch": 128, "capacity": 10_000, "clip": 100.0}
     defaults |= {"critic_steps": 20, "critic_lr": 0.1, "actor_steps": 8, "actor_lr": 0.05}
     defaults |= {"episodes": 64, "warmup_iterations": 5}
@@ -340,6 +339,7 @@ def test_exact_policy_is_what_the_actor_says_and_scores():
     states = POSITIONS * n
     texts, token_ids = actor.act(states)
     written = [actor.tokenizer.encode(tokens(x)) for x in texts]
+    # One by one: of 21,000 lists pytest would write a diff for hours.
     assert all(x == y for x, y in zip(token_ids, written, strict=True))
     counts = collections.Counter(zip(states, texts, strict=True))
     for pair, p in pi.items():
@@ -420,7 +420,7 @@ def test_exact_alg1_lines_12_to_15_as_written():
 
 
 FIXED = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-MASK = torch.ones(5, 4).triu().double()
+MASK = torch.ones(5, 4).triu(-1).double()  # of 4, 4, 3, 2 and 1 tokens
 LOSSES = {  # shape and loss, as a function of what it trains
     "eq1": ((2, 5), lambda q: archer.q_loss(q, FIXED[0], (FIXED[1] > 0).double(), FIXED[2:], 0.9)),
     "eq2": ((2, 5), lambda v: archer.v_loss(v, FIXED[:2])),
@@ -435,7 +435,7 @@ LOSSES = {  # shape and loss, as a function of what it trains
 
 @pytest.mark.parametrize("equation", LOSSES)
 def test_exact_gradient_by_finite_differences(equation):
-    """Autograd against the difference of the loss at both sides, entry by entry."""
+    """Autograd against differences of the loss: a stop-gradient too many would show."""
     torch.manual_seed(0)
     shape, loss = LOSSES[equation]
     x = noise(*shape).requires_grad_()
@@ -463,7 +463,8 @@ def test_no_gradient_flows_through_a_target_or_an_advantage():
 
 
 def test_no_gradient_flows_through_a_target_or_an_advantage_of_the_other_losses():
-    v, q, token_v, log_p, A, old, baseline = leaves(*[(2, 3)] * 2, *[(3, 4)] * 2, 3, *[(3, 4)] * 2)
+    h, t = (2, 3), (3, 4)  # the shapes of heads' and of tokens' values
+    v, q, token_v, log_p, A, old, baseline = leaves(h, h, t, t, (3,), t, t)
     spoken = torch.ones(3, 4)
     loss = archer.expectile_loss(v, q, 0.9) + archer.baseline_loss(token_v, spoken, A)
     loss += archer.awr_loss(log_p, spoken, A, 1.0)
@@ -482,6 +483,7 @@ def test_no_gradient_flows_through_a_target_or_an_advantage_of_the_other_losses(
 def train_critic(learner, transitions, utterances, v_lr, steps):
     """Full-batch descent on both critic losses with soft updates, without noise."""
     critic = learner.critic
+    # The rates are large, since the loss is a mean over all rows and an entry is in few of them.
     groups = [{"params": critic.q_table, "lr": 25}, {"params": critic.v_table, "lr": v_lr}]
     optimizer = torch.optim.SGD(groups)
     rows = list(zip(transitions, utterances, strict=True))
@@ -566,8 +568,9 @@ def test_exact_alg1_lines_3_to_15_evaluate_the_actor_and_leave_it_alone():
     for _ in range(12):
         learner.iterate()
     assert logits_of(learner.actor) == logits
-    assert learner.critic.distance(*exact_q_and_v(policy(logits))).mean() < 0.07
-    assert learner.critic.distance(*exact_q_and_v(UNIFORM)).mean() > 0.1
+    error = learner.critic.distance(*exact_q_and_v(policy(logits))).mean()
+    assert error < 0.6 * learner.critic.distance(*exact_q_and_v(UNIFORM)).mean()
+    assert error < 0.07  # what is left is sampling noise
 
 
 def test_exact_alg1_lines_20_to_22_move_the_actor_once_the_warm_up_is_over():
@@ -579,10 +582,10 @@ def test_exact_alg1_lines_20_to_22_move_the_actor_once_the_warm_up_is_over():
     assert logits_of(learner.actor) != some_logits()
 
 
-def spy_on(monkeypatch, owner, names, calls):
-    """Appends [name, arguments, result] to calls whenever owner calls one of these functions."""
+def spy_in_order(monkeypatch, owner, names, calls):
+    """Appends [name, arguments, result] to calls, in the order in which they begin."""
 
-    def spied(name, function):
+    def wrapped(name, function):
         def call(*arguments):
             entry = [name, arguments, None]
             calls.append(entry)
@@ -592,7 +595,7 @@ def spy_on(monkeypatch, owner, names, calls):
         return call
 
     for name in names:
-        monkeypatch.setattr(owner, name, spied(name, getattr(owner, name)))
+        monkeypatch.setattr(owner, name, wrapped(name, getattr(owner, name)))
 
 
 def test_exact_alg1_line_by_line(monkeypatch):
@@ -601,8 +604,8 @@ def test_exact_alg1_line_by_line(monkeypatch):
     learner = parrot_learner(warmup_iterations=0, actor_steps=2)
     calls = []
     methods = ["utterances_for_v", "critic_losses", "actor_examples", "loss_of_actor"]
-    spy_on(monkeypatch, archer, ["rollout", "descend", "soft_update"], calls)
-    spy_on(monkeypatch, learner, methods, calls)
+    spy_in_order(monkeypatch, archer, ["rollout", "descend", "soft_update"], calls)
+    spy_in_order(monkeypatch, learner, methods, calls)
     learner.iterate()
 
     in_order = ["rollout", "utterances_for_v"]
@@ -619,10 +622,11 @@ def test_exact_alg1_line_by_line(monkeypatch):
     assert list(learner.buffer.transitions) == [t for episode in played for t in episode]
     # Lines 8-11: all of it is learned from, with one fresh utterance for each transition.
     rows = [row for (_, rows, _, _), _ in found["descend"][:20] for row in rows]
+    # Without ids, as a list cannot be hashed.
     assert {t[:2] + t[3:] for t, _ in rows} == {t[:2] + t[3:] for e in played for t in e}
     ((arguments, fresh),) = found["utterances_for_v"]
-    assert arguments == ([t for t, _ in rows],)
-    assert fresh == [a for _, a in rows]
+    assert all(t is x for (t, _), x in zip(rows, *arguments, strict=True))
+    assert all(a is x for (_, a), x in zip(rows, fresh, strict=True))
     # Lines 12-15: the target follows the critic.
     assert {arguments for arguments, _ in found["soft_update"]} == {
         (learner.target, learner.critic, learner.c.tau)
@@ -655,9 +659,13 @@ def gap_closed(learner, iterations):
 
 
 def test_exact_alg1_comes_near_the_optimal_policy():
-    """The best that looks at the next reward only closes .66 of the gap."""
+    """Nearer than the policy that looks at the next reward only."""
     torch.manual_seed(0)
     learner = parrot_learner(parrot_demonstrations(), warmup_iterations=2)
+    start = exact_return(logits_of(learner.actor))
+    best = {s: max(SAYINGS, key=lambda a, s=s: sum(r for r, *_ in LAW[s, a])) for s in POSITIONS}
+    _, V = backward_induction(lambda s, q: q[best[s]])
+    assert (V[":"] - start) / (BEST_V[":"] - start) < 0.7
     assert gap_closed(learner, 16) > 0.85
 
 
@@ -737,7 +745,7 @@ def test_exact_eq7_as_written():
     log_p = noise(7, 4)
     spoken = some_mask(7, 4)
     A = noise(7)
-    assert (1.5 * A).exp().max() > 2
+    assert (1.5 * A).exp().max() > 2  # so that the bound acts
     J = 0.0
     for b, i in spoken_places(spoken):
         J += min(math.exp(1.5 * A[b].item()), 2.0) * log_p[b, i].item() / 7
@@ -777,7 +785,8 @@ def test_exact_eq4_finds_the_expected_advantage_of_what_was_begun():
     A = exact_advantage(pi)
     expected = {}
     for context in CONTEXTS:
-        begun = [(s, a) for s, a in LAW if (s + tokens(a)).startswith(context)]
+        s = context.rstrip("ab")  # the state, before what was said of an utterance
+        begun = [(s, a) for a in SAYINGS if (s + tokens(a)).startswith(context)]
         total = sum(pi[pair] * A[pair] for pair in begun)
         expected[context] = total / sum(pi[pair] for pair in begun)
     s, token_ids, A = zip(*rows_of(pairs, A), strict=True)
@@ -873,7 +882,7 @@ def test_exact_ppo_begins_as_eq3_and_stops_where_the_ratio_is_clipped():
         settings = {"actor_loss": "ppo", "ppo_epochs": 40, "ppo_clip": clip}
         _, before, after = actor_step_on_every_utterance(**settings)
         likelier[clip] = (after / before).max()
-    # 1.3: a token of 1/4, where the other 3/4 have fallen by a tenth.
+    # Clipped at .9 and 1.1. The last of the tokens can reach 1.3 times 1/4: 1 - .9 * 3/4.
     assert 1.1 < likelier[0.1] < 1.35
     assert likelier[9.0] > 1.6
 
@@ -884,6 +893,7 @@ OFFLINE = IQL_AND_AWR | {"episodes": 0}
 
 @pytest.mark.parametrize("settings", [{"actor_loss": "ppo"}, IQL_AND_AWR, OFFLINE])
 def test_exact_alg1_with_another_loss_improves_the_policy(settings):
+    """Only that: no more is asked of them. A baseline needs a language model, see below."""
     torch.manual_seed(0)
     learner = parrot_learner(parrot_demonstrations(), warmup_iterations=2, **settings)
     assert gap_closed(learner, 10) > 0.5
@@ -953,12 +963,8 @@ def test_descend_stops_before_it_uses_a_gradient_that_is_not_finite():
         def loss_of(x, weight=weight):
             return (torch.tensor(x)[:, None] * weight).mean()
 
-        stopped = False
-        try:
+        with pytest.raises(FloatingPointError):
             archer.descend(loss_of, rows, optimizer, Config(micro_batch=1))
-        except FloatingPointError:
-            stopped = True
-        assert stopped
         assert weight.tolist() == [1, 1]
         assert not optimizer.state
 
@@ -981,7 +987,7 @@ def test_exact_warm_start_copies_its_teacher(monkeypatch):
     archer.warm_start(actor, [episode], c)
     assert rates == pytest.approx([0.1 * (1 - k / 100) for k in range(100)])
     learned = policy(logits_of(actor))
-    assert statistics.mean(abs(learned[pair] - p) for pair, p in pi.items()) < 0.008
+    assert fmean(abs(learned[pair] - p) for pair, p in pi.items()) < 0.008
 
 
 class WideModel(torch.nn.Module):
@@ -1006,14 +1012,19 @@ class WideLetters(Letters):
 
 
 def test_rare_tokens_of_a_large_vocabulary_are_said_as_often_as_they_should():
-    """One likely token, 50,256 others with even (state a) or geometric (state b) probabilities."""
+    """One likely token, 50,256 others with even (state a) or geometric (state b) probabilities.
+
+    A sampler that truncates, or loses small probabilities to rounding, would show.
+    """
     torch.manual_seed(0)
     likely = 25_000
     even = torch.ones(50_257, dtype=torch.float64)
     rare = torch.stack([even, (-torch.arange(50_257) / 5000).double().exp()])
     rare[:, likely] = 0
     rare /= rare.sum(1, keepdim=True)
-    region = (5 * rare.cumsum(1) - 1e-9).long()  # of equal probability
+    region = (
+        5 * rare.cumsum(1) - 1e-9
+    ).long()  # five parts of the vocabulary, of equal probability
     for share, rows in ((0.01, 15), (0.5, 5)):
         p = share * rare
         p[:, likely] = 1 - share
@@ -1062,12 +1073,14 @@ def against(module, test):
         wanted = inspect.signature(globals()[test]).parameters
         if "models" in wanted:
             torch.manual_seed(0)
+            # The mutant's own: see the first line in which globals are replaced.
             arguments["models"] = archer.build(Config(), detective_texts())
         globals()[test](**{name: arguments[name] for name in wanted})
 
 
 @pytest.mark.parametrize("name", COPIES)
 def test_copy_by_source_alone(name):
+    """The function runs without the rest of archer.py, and passes its test."""
     imports, test = COPIES[name]
     copied = {}
     exec(imports + "\n" + inspect.getsource(getattr(archer, name)), copied)
@@ -1078,7 +1091,8 @@ def test_copy_by_source_alone(name):
 # The bug zoo: one line of archer.py gone wrong, and the test that turns red
 # ==================================================================================================
 
-# Test -> bugs, (original, mutated). Above each bug: what it is, and what to expect in the curve.
+# Test -> bugs, (original, mutated). Above each bug: what it is, and what to expect in the curve of
+# `detective`, whose rewards are positive.
 ZOO = {
     "test_exact_eq3_as_written": [
         # The advantage has the wrong sign. After the warm-up the return falls below its start.
@@ -1127,7 +1141,7 @@ ZOO = {
         # Gamma twice. `value` settles below `discounted_return`, the more the longer the episodes.
         ("gamma * (1 - done)", "gamma**2 * (1 - done)"),
     ],
-    "test_rewards_of_zero_change_nothing_about_turn_boundaries": [
+    "test_episodes_are_chains_and_only_what_terminated_is_done": [
         # A time limit taken for an end. `value` is too low wherever play is often cut. Slow
         # episodes look hopeless.
         ("s2, bool(terminated))", "s2, bool(terminated or truncated))"),
@@ -1367,21 +1381,20 @@ def test_zoo(test, original, mutated):
     source = inspect.getsource(archer)
     assert source.count(original) == 1, "archer.py has changed: bring this bug up to date"
     assert passes_on_the_original(test)
-    mutant = types.ModuleType("archer")
+    mutant = types.ModuleType("archer")  # dataclasses look it up by this name
     exec(compile(source.replace(original, mutated), "mutant", "exec"), vars(mutant))
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
         against(mutant, test)
 
 
-tqdm.std.tqdm.set_lock(threading.RLock())  # the usual one is shared with processes, see the kills
-
 STATES = ["Welcome. Hall: nothing\n", "Done. Landing: key\n", "Done. Cellar: key\n" * 4, "é ∀ 猫\n"]
-STATES += ["", "no newline"]  # the padding is a newline, too: only here does its side show
+STATES += ["", "no newline"]  # padding is newlines, too: only here does a wrong side show
 UTTERANCES = ["go north", "accuse butler", "", "x" * 50, "猫 go"]
 
 
 def any_text(rng):
     """Nothing, words, any Unicode, control characters, the end-of-text mark, or far too much."""
+    # Anything but surrogates, which no text holds.
     anything = chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
     pieces = [*map(chr, range(32)), *"aé∀猫😀\u200d\u0301\u202e "]
     pieces += [anything, "<|endoftext|>", "go n\n"]
@@ -1398,7 +1411,7 @@ def spied(monkeypatch, owner, name, replacement=None):
         calls.append((x, named, result))
         return result
 
-    monkeypatch.setattr(owner, name, staticmethod(call))
+    monkeypatch.setattr(owner, name, staticmethod(call))  # static, should the owner be a class
     return calls
 
 
@@ -1435,7 +1448,7 @@ def test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates(models):
 def test_log_probs_equal_the_frequencies_of_sampling(models):
     actor, _ = models
     actor.utterance_tokens = 2
-    actor.model.lm_head.weight.data[40:] -= 1.0  # fewer likely words, so that each is said often
+    actor.model.lm_head.weight.data *= 2  # sharper, so that likely utterances are said often
     n = 10_000
     _, said = actor.act(STATES[:1] * n)
     for ids, count in collections.Counter(map(tuple, said)).most_common(6):
@@ -1456,14 +1469,18 @@ def test_greedy_speech_is_the_same_alone_and_in_company(models):
 
 
 def test_who_ends_early_leaves_the_others_as_they_were(models, monkeypatch):
-    """Each choice depends on the state alone; the end token comes early here and late there."""
+    """Each choice depends on the state alone; the end token comes early here and late there.
+
+    In place of sampling stands a fixed choice, less monotonous than the likeliest token. The end
+    token is the one that comes first at the most different places.
+    """
     actor, _ = models
-    taste = torch.rand(len(actor.tokenizer), generator=torch.Generator().manual_seed(0)) ** 0.2
-    spied(monkeypatch, torch, "multinomial", lambda p, n: (p * taste).argmax(1, keepdim=True))
-    _, whole = actor.act(STATES)
-    places = [{token: ids.index(token) for token in ids} for ids in whole]
-    tokens = set().union(*places)
-    actor.end = max(tokens, key=lambda token: len({place.get(token) for place in places}))
+    weights = torch.rand(len(actor.tokenizer), generator=torch.Generator().manual_seed(0)) ** 0.2
+    spied(monkeypatch, torch, "multinomial", lambda p, n: (p * weights).argmax(1, keepdim=True))
+    _, before = actor.act(STATES)
+    first_places = [{token: ids.index(token) for token in ids} for ids in before]
+    tokens = set().union(*first_places)
+    actor.end = max(tokens, key=lambda token: len({places.get(token) for places in first_places}))
     _, together = actor.act(STATES * 2)
     assert len({len(ids) for ids in together}) >= 3
     assert together == [actor.act([s])[1][0] for s in STATES * 2]
@@ -1476,7 +1493,7 @@ def test_each_distinct_state_is_read_once(models, monkeypatch):
     _, said = actor.act(STATES[:2] * 200)
     speaking = [sum(len(ids) > i for ids in said) for i in range(1, actor.utterance_tokens)]
     rows = [len(inputs["input_ids"]) for _, inputs, _ in calls]
-    assert rows[: actor.utterance_tokens] == [2, *speaking]
+    assert rows == [2, *speaking]
     assert speaking[-1] < speaking[0] and len(set(map(tuple, said))) > 100
 
 
@@ -1548,10 +1565,10 @@ def test_each_loss_moves_its_own_network_only(models, actor_loss, critic_loss):
     learner = learner_of(models, actor_loss=actor_loss, critic_loss=critic_loss)
     rows = [(t, t.a) for t in learner.buffer.transitions]
     archer.descend(learner.critic_losses, rows, learner.critic_optimizer, learner.c)
-    assert gradient(critic) > 0 and gradient(actor) == gradient(learner.target) == 0
+    assert gradient_size(critic) > 0 and gradient_size(actor) == gradient_size(learner.target) == 0
     critic.zero_grad()
     learner.actor_step()
-    assert gradient(actor) > 0 and gradient(critic) == gradient(learner.target) == 0
+    assert gradient_size(actor) > 0 and gradient_size(critic) == gradient_size(learner.target) == 0
 
 
 def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
@@ -1562,7 +1579,7 @@ def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
     for k in range(2):
         critic.zero_grad()
         learner.critic_losses(some_transitions(actor), ["go up"] * 12)[k].backward()
-        assert gradient(heads[k]) > 0 and gradient(heads[1 - k]) == 0
+        assert gradient_size(heads[k]) > 0 and gradient_size(heads[1 - k]) == 0
         of_words = critic.encoder.get_input_embeddings().weight.grad.abs().sum(1)
         assert of_words[critic.tokens_of(" nothing")[0]] > 0
         assert (of_words[critic.tokens_of("go")[0]] > 0) == (k == 0)  # no state says "go"
@@ -1576,7 +1593,7 @@ def test_each_head_has_its_own_row(models):
         for heads, values in ((critic.q_heads, critic.q(e, e)), (critic.v_heads, critic.v(e))):
             critic.zero_grad()
             values[k].sum().backward()
-            assert gradient(critic) == pytest.approx(gradient(heads[k])) != 0
+            assert 0 < gradient_size(critic) == pytest.approx(gradient_size(heads[k]))
 
 
 def test_embedding_a_text_does_not_depend_on_the_others(models, monkeypatch):
@@ -1611,10 +1628,10 @@ def test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only(models
 
     columns = list(zip(*learner.actor_examples(), strict=True))
     learner.loss_of_baseline(*columns).backward()
-    assert gradient(baseline) > 0 and gradient(actor) == gradient(critic) == 0
+    assert gradient_size(baseline) > 0 and gradient_size(actor) == gradient_size(critic) == 0
     baseline.zero_grad()
     learner.loss_of_actor(*columns).backward()
-    assert gradient(actor) > 0 and gradient(baseline) == gradient(critic) == 0
+    assert gradient_size(actor) > 0 and gradient_size(baseline) == gradient_size(critic) == 0
 
 
 def test_iql_and_awr_say_nothing_and_learn_from_what_was_logged(models, monkeypatch):
@@ -1645,7 +1662,7 @@ def test_critic_targets_come_from_the_target_network_and_from_fresh_utterances(m
         losses = learner.critic_losses(batch, fresh)
         _, next_v = learner.target(s2, fresh)
         fresh_q, _ = learner.target(s, fresh)
-        goal = torch.tensor(r) + 0.97 * (1 - torch.tensor(done).float()) * next_v
+        goal = torch.tensor(r) + learner.c.gamma * (1 - torch.tensor(done).float()) * next_v
     expected = [(q - goal).pow(2).mean(1).sum().item(), (v - fresh_q).pow(2).mean(1).sum().item()]
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
@@ -1654,7 +1671,6 @@ def test_critic_targets_come_from_the_target_network_and_from_fresh_utterances(m
 def test_advantages_come_from_the_critic_not_from_its_target(actor_loss, models):
     actor, critic = models
     learner = learner_of(models, actor_loss=actor_loss)
-    learner.buffer.add(some_transitions(actor))
     for p in learner.target.parameters():
         p.add_(0.02 * torch.randn_like(p))
     s, token_ids, A = zip(*learner.actor_examples(), strict=True)
@@ -1678,7 +1694,7 @@ def test_bfloat16_stays_inside_the_models(models, monkeypatch):
         assert torch.allclose(rough, sharp, rtol=0.1, atol=0.3)
     (archer.actor_loss(log_p, spoken, torch.ones(2)) + q.sum() + v.sum()).backward()
     for network in models:
-        assert gradient(network) > 0
+        assert gradient_size(network) > 0
         for p in network.parameters():
             assert p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32)
 
@@ -1759,7 +1775,7 @@ class Silent:
         return f"{self.turns}\n", np.float32(0), np.bool_(over and self.ends), over, {}
 
 
-def test_rewards_of_zero_change_nothing_about_turn_boundaries(models):
+def test_episodes_are_chains_and_only_what_terminated_is_done(models):
     actor, _ = models
     for ends in (True, False):
         game = type("Game", (Silent,), {"ends": ends})
@@ -1791,7 +1807,7 @@ def test_fuzz_episodes_of_any_length_are_chains(models):
     assert len({len(episode) for episode in played}) > 3
     for episode in played:
         for t, after in itertools.pairwise(episode):
-            assert t.s2 == after.s and not t.done
+            assert (t.s2 == after.s) is True and not t.done  # no diff of two long texts
         for t in episode:
             assert actor.tokenizer.decode(t.ids).removesuffix("\n") == t.a
     (alone,) = archer.rollout(Weather, actor, 1, random.Random(3))
@@ -1863,7 +1879,8 @@ def test_the_optimal_player_wins_always_and_earns_the_optimal_return(game):
     returns = [earned(steps) for steps in played]
     assert fmean(returns) == pytest.approx(best_known_return(game))
     assert 2 * min(returns) > game.random_return() + game.optimal_return()
-    told = re.search(r", in ([\d.]+) turns", game.__doc__)
+    told = re.search(r", in ([\d.]+) turns", " ".join(game.__doc__.split()))
+    assert told or game is TwentyQuestionsFull
     assert not told or fmean(map(len, played)) == pytest.approx(float(told[1]), abs=0.005)
 
     drawn = collections.Counter()
@@ -1930,7 +1947,8 @@ def test_the_limit_ends_a_game_that_shows_the_turn_and_cuts_one_that_does_not(ga
     steps = play(game(), lambda g: g.utterances[0], seed=0)
     assert len(steps) == game.limit
     assert steps[-1][2:4] == (game.limit_is_part_of_task, not game.limit_is_part_of_task)
-    assert (len({step[0] for step in steps}) == game.limit) == game.limit_is_part_of_task
+    texts_differ = len({step[0] for step in steps}) == game.limit  # they show how many are left
+    assert texts_differ == game.limit_is_part_of_task
 
 
 NOISE = ["", "\n", "go", "accuse", "take", "search", "open", "dog", "\x00", "DOG?", "go \t up"]
@@ -2004,7 +2022,7 @@ def test_twenty_questions_full_lies_under_its_bound():
         exact = game.value((), belief, 6)
         assert exact_return_of(game, game.best, (), belief, 6) - 1e-9 <= exact
         assert exact <= game.bound(n, 6) + 1e-9
-        assert n > 3 or exact == pytest.approx(game.bound(n, 6))
+        assert n > 3 or exact == pytest.approx(game.bound(n, 6))  # a guess splits as well as any
     assert [game.bound(n, 20) for n in (1, 2, 3, 4)] == pytest.approx([0, -1 / 2, -1, -3 / 2])
     words = {word for words in game.facts.values() for word in words.split()}
     assert words <= {*game.kinds, *game.hidden_things}
@@ -2106,11 +2124,12 @@ def learner_in(folder):
 
 
 def outcome(folder):
-    """All that a run has learned and measured, except its seconds."""
+    """What a run has measured, except its seconds; its actor, buffer and generator."""
     (summary,) = lines_of(folder, "summary.json")
     assert summary.pop("seconds") >= 0
     state = [learner_in(folder)[name] for name in ("iteration", "buffer", "rng")]
-    weights = Path(folder, "actor/model.safetensors").read_bytes()
+    # A number stands for the bytes: pytest would write a diff of megabytes.
+    weights = hash(Path(folder, "actor/model.safetensors").read_bytes())
     return lines_of(folder, "metrics.jsonl"), summary, state, weights
 
 
@@ -2147,9 +2166,9 @@ def test_metrics_by_hand(models):
     second = Transition("on\n", "b", [], 4.0, "off\n", True)
     learner = types.SimpleNamespace(iteration=5, critic=critic, c=Config(gamma=0.5))
     learner.played = [[first, second], [second]]
-    critic_steps = [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])]
+    critic_updates = [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])]
     rows = [("go\n", [1], torch.tensor(A)) for A in (1.0, 3.0)]
-    found = archer.metrics(learner, critic_steps, [(rows, torch.tensor(6.0))] * 2)
+    found = archer.metrics(learner, critic_updates, [(rows, torch.tensor(6.0))] * 2)
     value = critic.v(critic.embed(["go\n", "on\n"])).min(0).values.mean().item()
     expected = {"iteration": 5, "q_loss": 1.5, "v_loss": 4.0, "actor_loss": 6.0, "return": 4.5}
     expected |= {"advantage_std": 1.0, "value": value, "discounted_return": 3.5, "turns": 1.5}
@@ -2169,10 +2188,11 @@ def test_settings_reach_their_losses_and_no_others(options, quick, monkeypatch):
     """Four iterations of two critic steps; an actor step in each of the last three."""
     names = "q_loss expectile_loss baseline_loss actor_loss actor_loss_with_baseline ppo_loss"
     calls = {name: spied(monkeypatch, archer, name) for name in f"{names} awr_loss".split()}
-    calls["v_loss"] = spied(monkeypatch, ArCHer, "loss_of_v")
+    calls["v_loss"] = spied(monkeypatch, ArCHer, "loss_of_v")  # its name in the class
     start("run", *f"--warm-start-steps 0 --gamma 0.8 --actor-loss {options}".split())
     counts = [f"{name} {len(its)}" for name, its in calls.items() if its]
     assert " ".join(counts) == LOSSES_OF[options]
+    # Every float that reached a loss is one of the options.
     numbers = {y for its in calls.values() for x, _, _ in its for y in x if isinstance(y, float)}
     assert numbers == {0.8, *map(float, re.findall(r"\d\.\d", options))}
 
@@ -2199,7 +2219,7 @@ def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(stock, quick
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
     assert tokenizer.decode(Actor(model, tokenizer).encode(["go north\n猫"])[0]) == "go north\n猫"
     options = ["--actor", str(saved), "--warm-start-steps", "0"]
-    weights = Path(saved, "model.safetensors").read_bytes()
+    weights = hash(Path(saved, "model.safetensors").read_bytes())
     assert start("same", *options, "--iterations", "1")[-1] == weights  # the critic's warm-up
     assert start("other", *options)[-1] != weights
 
@@ -2312,8 +2332,12 @@ def test_checkpoints_are_written_when_they_are_due(every, due, quick, monkeypatc
     assert [state["learner"]["iteration"] for (_, state), *_ in calls] == due
 
 
+# tqdm's own lock is shared with forked children: one that is killed with it would block us.
+tqdm.std.tqdm.set_lock(threading.RLock())
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing here")
-def test_twenty_kills_lose_no_more_than_an_iteration(stock, quick):
+def test_twenty_kills_never_set_a_run_back(stock, quick):
     """At random moments: the checkpoint is always whole, the run ends as if nothing had been."""
     expected = outcome(stock / "run")
     began = time.time()
@@ -2499,7 +2523,8 @@ def stock(tmp_path_factory):
 
 
 def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    """A number for each file, since pytest would write a diff of megabytes of bytes."""
+    return {path: path.is_file() and hash(path.read_bytes()) for path in folder.rglob("*")}
 
 
 GAMES_WITH_MISTAKES = {
@@ -2555,7 +2580,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--resume unknown": "cannot go on from unknown: ",
     "--resume of_another | --resume edited": "the checkpoint in {} belongs to another run",
 }
-NO_GAMES = list(GAMES_WITH_MISTAKES)[2:]
+NO_GAMES = [name for name in GAMES_WITH_MISTAKES if name not in ("good", "huge")]
 MISTAKES |= {f"--actor gpt2 --env {name}": "{} is no game as README" for name in NO_GAMES}
 POSITIVE = {"actor_lr", "batch", "capacity", "clip", "critic_lr", "critic_steps", "ppo_epochs"}
 POSITIVE |= {"evaluation_episodes", "utterance_tokens", "warm_start_lr"}
@@ -2598,6 +2623,7 @@ def test_python_in_readme_runs(quick, monkeypatch):
     for field in fields:
         small = SMALL.get(field.name.replace("_", "-"), field.default)
         monkeypatch.setattr(field, "default", field.type(small))
+    # The parser reads the fields, `Config()` its own defaults.
     monkeypatch.setattr(Config.__init__, "__defaults__", tuple(field.default for field in fields))
     with mock.patch.dict(GAMES):
         for block in blocks:
