@@ -187,7 +187,7 @@ class Actor(nn.Module):
         copies = torch.tensor([index[s] for s in states], device=ids.device)
         cache.reorder_cache(copies)  # from here on one row per state
         logits, mask = logits[copies], mask[copies]
-        tokens = torch.full((len(states), self.utterance_tokens), self.end, device=ids.device)
+        tokens = torch.full((len(states), self.utterance_tokens), -1, device=ids.device)
         # `tokens` has a row per state; logits, mask and cache only have the rows of `active`.
         active = torch.arange(len(states), device=ids.device)  # those that have not ended
         for i in range(self.utterance_tokens):
@@ -201,9 +201,7 @@ class Actor(nn.Module):
             cache.reorder_cache(unended)  # drops the others
             mask = nn.functional.pad(mask[unended], (0, 1), value=1)
             logits, cache = self(token[unended, None], mask, keep=1, cache=cache)
-        # With the end token. A cut row has none: there the slice is the whole row.
-        lengths = 1 + (tokens != self.end).sum(1)
-        token_ids = [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+        token_ids = [[x for x in row if x >= 0] for row in tokens.tolist()]
         return [self.tokenizer.decode(row).split("\n")[0] for row in token_ids], token_ids
 
     def join(self, states, token_ids):
@@ -254,15 +252,19 @@ class DoubleCritic(nn.Module):
         self.v_heads = nn.ModuleList([value_head(h, h), value_head(h, h)])
 
     def embed(self, texts):
+        """[B, H]. Distinct texts are encoded once, 64 of similar length at a time: less padding."""
+        parts = split(sorted(dict.fromkeys(texts), key=len), 64)
+        e = {text: x for part in parts for text, x in zip(part, self.pool(part), strict=True)}
+        return torch.stack([e[text] for text in texts])
+
+    def pool(self, texts):
         """[B, H]: the mean over a text's tokens, special ones included. The released code takes
-        the encoder's `pooler_output`. Each distinct text is encoded once."""
-        index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        sequences = [self.tokens_of(text or "\n") for text in index]  # "" may have no tokens
+        the encoder's `pooler_output`."""
+        sequences = [self.tokens_of(text or "\n") for text in texts]  # "" may have no tokens
         ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.encoder.device, "right")
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        pooled = (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-        return pooled[torch.tensor([index[text] for text in texts], device=ids.device)]
+        return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
     def forward(self, s, a):
         """Q of utterances at states and V of the states, [2, B] each. s, a: lists of B texts."""
@@ -400,8 +402,10 @@ class ArCHer:
         self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor rests while the critic learns: all utterances for Eq. 2 can be drawn at once.
-        transitions = self.buffer.sample(c.critic_steps * c.batch)
+        # That takes less padding in order of length; a minibatch must not be ordered.
+        transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
+        self.buffer.rng.shuffle(examples)
         critic_updates = []
         for batch in split(examples, c.batch):  # (Alg. 1, line 8)
             # Q and V step together, since they share an encoder. (Alg. 1, lines 9-10)
@@ -415,8 +419,8 @@ class ArCHer:
         return metrics(self, critic_updates, actor_updates)
 
     def utterances_for_v(self, transitions):
-        """For Eq. 2, what the present actor says at each state; 1,024 at a time to bound memory."""
-        batches = split([t.s for t in transitions], 1024)
+        """For Eq. 2, what the present actor says at each state; 512 at a time to bound memory."""
+        batches = split([t.s for t in transitions], 512)
         return [a for states in batches for a in self.actor.act(states)[0]]
 
     def critic_losses(self, batch, utterances):
@@ -552,8 +556,7 @@ class WithBaseline(ArCHer):
         return baseline_loss(*self.baseline(s, token_ids), torch.stack(A))
 
     def loss_of_actor(self, s, token_ids, A):
-        with torch.no_grad():
-            v, _ = self.baseline(s, token_ids)
+        v, _ = self.baseline(s, token_ids)
         return actor_loss_with_baseline(*self.actor.log_probs(s, token_ids), torch.stack(A), v)
 
 
@@ -718,7 +721,6 @@ def mean_return(episodes, gamma=1.0):
     return sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
 
 
-@torch.no_grad()
 def metrics(learner, critic_updates, actor_updates):
     """The numbers of an iteration, a dict.
 

@@ -625,8 +625,9 @@ def test_exact_alg1_line_by_line(monkeypatch):
     # Without ids, as a list cannot be hashed.
     assert {t[:2] + t[3:] for t, _ in rows} == {t[:2] + t[3:] for e in played for t in e}
     ((arguments, fresh),) = found["utterances_for_v"]
-    assert all(t is x for (t, _), x in zip(rows, *arguments, strict=True))
-    assert all(a is x for (_, a), x in zip(rows, fresh, strict=True))
+    asked = [(id(t), id(a)) for t, a in zip(*arguments, fresh, strict=True)]
+    assert collections.Counter(asked) == collections.Counter((id(t), id(a)) for t, a in rows)
+    assert [len(t.s) for t, _ in rows] != sorted(len(t.s) for t, _ in rows)  # no longer ordered
     # Lines 12-15: the target follows the critic.
     assert {arguments for arguments, _ in found["soft_update"]} == {
         (learner.target, learner.critic, learner.c.tau)
@@ -660,13 +661,16 @@ def gap_closed(learner, iterations):
 
 def test_exact_alg1_comes_near_the_optimal_policy():
     """Nearer than the policy that looks at the next reward only."""
-    torch.manual_seed(0)
-    learner = parrot_learner(parrot_demonstrations(), warmup_iterations=2)
-    start = exact_return(logits_of(learner.actor))
+    start = exact_return(some_logits())
     best = {s: max(SAYINGS, key=lambda a, s=s: sum(r for r, *_ in LAW[s, a])) for s in POSITIONS}
     _, V = backward_induction(lambda s, q: q[best[s]])
     assert (V[":"] - start) / (BEST_V[":"] - start) < 0.7
-    assert gap_closed(learner, 16) > 0.85
+    closed = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        learner = parrot_learner(parrot_demonstrations(), warmup_iterations=2, seed=seed)
+        closed.append(gap_closed(learner, 16))
+    assert fmean(closed) > 0.85
 
 
 def same_after_a_stop(**settings):
@@ -1167,8 +1171,8 @@ ZOO = {
     "test_exact_eq3_sampled_lies_in_its_confidence_interval": [
         # The end token is dropped. Utterances drift in length: when to stop is never trained.
         (
-            "lengths = 1 + (tokens != self.end).sum(1)",
-            "lengths = (tokens != self.end).sum(1).clamp(min=1)",
+            "[[x for x in row if x >= 0] for row",
+            "[[x for x in row if x >= 0 and x != self.end] or row[:1] for row",
         ),
         # The decoded text is tokenised again. The same: the end token is lost on the way.
         (
@@ -2649,8 +2653,8 @@ def test_a_short_run_learns(tmp_path, monkeypatch):
     """The detective's second half, with the key and before the cellar: far above the warm start."""
     monkeypatch.setattr(Detective, "start", ("pantry", True, ""))
     monkeypatch.setattr(Detective, "limit", 8)
-    options = "--demonstrations 300 --warm-start-steps 250 --iterations 10 --warmup-iterations 4 "
-    options += "--episodes 32 --batch 32 --critic-steps 60 --evaluation-episodes 60 --out "
-    archer.main(f"{options}{tmp_path}".split())
+    options = "--demonstrations 300 --warm-start-steps 250 --iterations 12 --warmup-iterations 4 "
+    options += "--episodes 32 --batch 64 --critic-steps 60 --actor-steps 8 "
+    archer.main(f"{options} --evaluation-episodes 60 --out {tmp_path}".split())
     (summary,) = lines_of(tmp_path, "summary.json")
-    assert summary["end"] > summary["start"] + 2
+    assert summary["end"] > summary["start"] + 4
