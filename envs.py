@@ -233,7 +233,7 @@ class TwentyQuestions(TextGame):
     utterances = (*facts, *guesses)
     limit = 20
     limit_is_part_of_task = True
-    settings = {"iterations": 60}  # what a question is worth shows only in the turns after it
+    settings = {"iterations": 80}  # what a question is worth shows only in the turns after it
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95, "actor_lr": 1e-6}
 
     def rules(self, position, hidden, utterance):
@@ -448,6 +448,7 @@ class GuessMyCity(TwentyQuestions):
     guesses = {f"is the city called {city}?": city for city in hidden_things}
     utterances = (*facts, *guesses)
     skill = 0.45
+    settings = {"iterations": 60}  # as in Twenty Questions, but fewer turns are needed
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95}
 
     def observe(self):
