@@ -5,7 +5,7 @@ utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-leve
 whose reward is the critic's advantage (Eq. 3).
 
     python archer.py                          the detective game, a tiny GPT-2, a minute on a CPU
-    python archer.py --env twenty_questions   another game, about three minutes
+    python archer.py --env twenty_questions   another game, a few minutes
     python archer.py --help                   every setting
 
 On one GPU, with the paper's models, and the settings of the paper and its released code:
