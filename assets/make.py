@@ -147,7 +147,7 @@ def plot_curve(config, summary, metrics):
 
 
 def results(folders):
-    """Collects finished runs. curve.png is of the first run of the first game that has one."""
+    """Collects finished runs. curve.png is of the default game's first one."""
     runs = []
     for folder in map(Path, folders):
         if (folder / "summary.json").exists():
@@ -163,7 +163,7 @@ def results(folders):
     curves = collections.defaultdict(list)
     for summary, config, metrics in runs:
         if not summary["settings"]:
-            if not curves:
+            if summary["game"] == Config.env and Config.env not in curves:
                 plot_curve(config, summary, metrics)
             x = [m["iteration"] * config["episodes"] for m in metrics]
             curves[summary["game"]].append((x, [m["return"] for m in metrics]))
