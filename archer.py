@@ -4,7 +4,7 @@ Two learners alternate. A critic learns off-policy, from a replay buffer, the va
 utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy gradient
 whose reward is the critic's advantage (Eq. 3).
 
-    python archer.py                          the detective game, a tiny GPT-2, a minute on a CPU
+    python archer.py                          the detective game, a tiny GPT-2, a minute or two
     python archer.py --env twenty_questions   another game, a few minutes
     python archer.py --help                   every setting
 
@@ -60,9 +60,7 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = setting(
-        2000, "to imitate, and first in the buffer; 0: a pretrained actor"
-    )
+    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: a pretrained actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(2e-3, "decays to 0; large: details are lost; pretrained: 1e-4")
 
@@ -379,7 +377,7 @@ class ArCHer:
 
     # The attributes that have a state_dict of their own.
     stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
-    loss_of_v = staticmethod(v_loss)  # like `utterances_for_v`, another one in Eq. 6
+    loss_of_v = staticmethod(v_loss)  # Eq. 2; WithIQL overrides it for Eq. 6
 
     def __init__(self, game, actor, critic, demonstrations, c):
         """game: as for `rollout`. demonstrations: episodes as it returns them. c: a Config."""
@@ -402,7 +400,7 @@ class ArCHer:
         self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor rests while the critic learns: all utterances for Eq. 2 can be drawn at once.
-        # That takes less padding in order of length; a minibatch must not be ordered.
+        # In order of length they need less padding; then the examples are shuffled again.
         transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         self.buffer.rng.shuffle(examples)
@@ -556,7 +554,8 @@ class WithBaseline(ArCHer):
         return baseline_loss(*self.baseline(s, token_ids), torch.stack(A))
 
     def loss_of_actor(self, s, token_ids, A):
-        v, _ = self.baseline(s, token_ids)
+        with torch.no_grad():
+            v, _ = self.baseline(s, token_ids)
         return actor_loss_with_baseline(*self.actor.log_probs(s, token_ids), torch.stack(A), v)
 
 
@@ -721,6 +720,7 @@ def mean_return(episodes, gamma=1.0):
     return sum(t.r * gamma**k for e in episodes for k, t in enumerate(e)) / len(episodes)
 
 
+@torch.no_grad()
 def metrics(learner, critic_updates, actor_updates):
     """The numbers of an iteration, a dict.
 

@@ -625,6 +625,8 @@ def test_exact_alg1_line_by_line(monkeypatch):
     # Without ids, as a list cannot be hashed.
     assert {t[:2] + t[3:] for t, _ in rows} == {t[:2] + t[3:] for e in played for t in e}
     ((arguments, fresh),) = found["utterances_for_v"]
+    lengths = [len(t.s) for t in arguments[0]]
+    assert lengths == sorted(lengths)
     asked = [(id(t), id(a)) for t, a in zip(*arguments, fresh, strict=True)]
     assert collections.Counter(asked) == collections.Counter((id(t), id(a)) for t, a in rows)
     assert [len(t.s) for t, _ in rows] != sorted(len(t.s) for t, _ in rows)  # no longer ordered
@@ -1614,6 +1616,16 @@ def test_embedding_a_text_does_not_depend_on_the_others(models, monkeypatch):
     assert alone.isfinite().all() and torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(q, critic.q(alone, alone.flip(0)), rtol=1e-3, atol=1e-3)
     assert torch.allclose(v, critic.v(alone), rtol=1e-3, atol=1e-3)
+
+
+def test_texts_of_similar_length_share_a_batch(models, monkeypatch):
+    """At most 64 go through the encoder together, and little of that is padding."""
+    _, critic = models
+    calls = spied(monkeypatch, critic.encoder, "forward")
+    critic.embed([f"{'go ' * (1 + i % 50)}{i}" for i in range(300)])
+    masks = [inputs["attention_mask"] for _, inputs, _ in calls]
+    assert max(map(len, masks)) <= 64 and sum(map(len, masks)) == 300
+    assert sum(int(mask.sum()) for mask in masks) > 0.7 * sum(mask.numel() for mask in masks)
 
 
 def test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only(models):
