@@ -27,6 +27,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import inspect
 import json
 import math
 import random
@@ -68,6 +69,7 @@ class Config:
     warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
     episodes: int = setting(128, "played per iteration; few: old data dominate, many: waste")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
+    state_tokens: int = setting(1024, "per state, the last ones; small: forgetful, large: slow")
     capacity: int = setting(10_000, "transitions kept; small: on-policy, large: stale")
 
     critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
@@ -137,7 +139,10 @@ def split(items, size):
 
 
 class Actor(nn.Module):
-    """The policy pi(a|s): a causal language model that says a line; a newline is its end token.
+    """The policy pi(a|s): a causal language model that says a line.
+
+    An utterance ends with the first token that contains a newline, or with one that ends a text of
+    the model. That token is scored, too.
 
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
@@ -146,24 +151,18 @@ class Actor(nn.Module):
     """
 
     bfloat16 = False  # inside the model; softmax and losses are in float32
+    rows = 512  # states at which it speaks side by side; few: less memory
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
-        """tokenizer: has a token for a newline. utterance_tokens: per utterance, the most."""
+        """tokenizer: needs `truncation_side="left"`, and a `model_max_length` that leaves the model
+        room for an utterance. utterance_tokens: the most per utterance, the end included."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
-        # A text's own tokens, without special ones. Cached: the lists must not be changed.
-        self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, add_special_tokens=False))
+        # The tokens of a state; one that is too long loses its start. Cached: not to be changed.
+        self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
-        (self.end,) = self.tokens_of("\n")
-        self.state_tokens = model.config.max_position_embeddings - utterance_tokens
-
-    def encode(self, states):
-        """A list of token ids for each state, which loses its start if the context is too short.
-
-        An empty state becomes one end token, so that something precedes the utterance.
-        """
-        return [self.tokens_of(s)[-self.state_tokens :] or [self.end] for s in states]
+        self.ends, self.cache_name = conventions(model, tokenizer)
 
     def forward(self, ids, mask, keep, cache=None):
         """Logits of the last `keep` positions, [B, keep, vocabulary], and the cache.
@@ -173,14 +172,21 @@ class Actor(nn.Module):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding does not count
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
-            out = self.model(**x, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-        return out.logits[:, -keep:].float(), out.past_key_values  # some models keep all logits
+            out = self.model(**x, **{self.cache_name: cache}, use_cache=True, logits_to_keep=keep)
+        return out.logits[:, -keep:].float(), out[self.cache_name]  # some models keep all logits
 
-    @torch.no_grad()
     def act(self, states, greedy=False):
         """Says one utterance at each state. Returns texts and token ids (see Transition)."""
+        token_ids = [ids for part in split(states, self.rows) for ids in self.speak(part, greedy)]
+        texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        return [text.split("\n")[0] for text in texts], token_ids
+
+    @torch.no_grad()
+    def speak(self, states, greedy):
+        """The token ids of one utterance at each state, all in one batch."""
         index = {s: i for i, s in enumerate(dict.fromkeys(states))}
-        ids, mask = pad(self.encode(index), self.end, self.model.device, "left")
+        # An empty state becomes a newline: the utterance must have something before it.
+        ids, mask = pad([self.tokens_of(s or "\n") for s in index], 0, self.model.device, "left")
         logits, cache = self(ids, mask, keep=1)  # reads each distinct state once
         copies = torch.tensor([index[s] for s in states], device=ids.device)
         cache.reorder_cache(copies)  # from here on one row per state
@@ -192,24 +198,23 @@ class Actor(nn.Module):
             p = logits[:, -1].softmax(1)
             token = p.argmax(1) if greedy else torch.multinomial(p, 1).squeeze(1)
             tokens[active, i] = token
-            unended = (token != self.end).nonzero().squeeze(1)
+            unended = torch.isin(token, self.ends, invert=True).nonzero().squeeze(1)
             if len(unended) == 0 or i + 1 == self.utterance_tokens:
                 break
             active = active[unended]
             cache.reorder_cache(unended)  # drops the others
             mask = nn.functional.pad(mask[unended], (0, 1), value=1)
             logits, cache = self(token[unended, None], mask, keep=1, cache=cache)
-        token_ids = [[x for x in row if x >= 0] for row in tokens.tolist()]
-        return [self.tokenizer.decode(row).split("\n")[0] for row in token_ids], token_ids
+        return [[x for x in row if x >= 0] for row in tokens.tolist()]
 
     def join(self, states, token_ids):
         """Each state and its utterance as one sequence: ids and mask, [B, T], and `spoken`, [B, L].
 
         Utterances stand at the right edge. spoken is 1 at their tokens, 0 at padding.
         """
-        sequences = [s + a for s, a in zip(self.encode(states), token_ids, strict=True)]
-        ids, mask = pad(sequences, self.end, self.model.device, "left")
-        _, spoken = pad(token_ids, self.end, self.model.device, "left")
+        sequences = [self.tokens_of(s or "\n") + a for s, a in zip(states, token_ids, strict=True)]
+        ids, mask = pad(sequences, 0, self.model.device, "left")
+        _, spoken = pad(token_ids, 0, self.model.device, "left")
         return ids, mask, spoken
 
     def log_probs(self, states, token_ids):
@@ -239,8 +244,8 @@ class DoubleCritic(nn.Module):
     bfloat16 = False  # inside the encoder; values and losses stay in float32
 
     def __init__(self, encoder, tokenizer):
-        """tokenizer: needs a padding token, a `model_max_length`, and `truncation_side="left"`;
-        the usual side, right, would drop the latest turns."""
+        """tokenizer: needs a `model_max_length`, and `truncation_side="left"`; the usual side,
+        right, would drop the latest turns."""
         super().__init__()
         self.encoder = encoder.eval()  # no dropout, as in Actor
         self.tokenizer = tokenizer
@@ -259,7 +264,7 @@ class DoubleCritic(nn.Module):
         """[B, H]: the mean over a text's tokens, special ones included. The released code takes
         the encoder's `pooler_output`."""
         sequences = [self.tokens_of(text or "\n") for text in texts]  # "" may have no tokens
-        ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.encoder.device, "right")
+        ids, mask = pad(sequences, self.tokenizer.pad_token_id or 0, self.encoder.device, "right")
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
@@ -417,9 +422,8 @@ class ArCHer:
         return metrics(self, critic_updates, actor_updates)
 
     def utterances_for_v(self, transitions):
-        """For Eq. 2, what the present actor says at each state; 512 at a time to bound memory."""
-        batches = split([t.s for t in transitions], 512)
-        return [a for states in batches for a in self.actor.act(states)[0]]
+        """For Eq. 2, what the present actor says at each state."""
+        return self.actor.act([t.s for t in transitions])[0]
 
     def critic_losses(self, batch, utterances):
         """J_Q and J_V, stacked: [2]. batch: transitions; utterances: one for each, at its state."""
@@ -645,27 +649,61 @@ def tiny_tokenizer(texts):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **rest)
 
 
-def tiny_gpt2(vocabulary):
-    """Found by trial: ReLU and wide initial weights let such a model learn from few examples."""
-    size = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "vocab_size": vocabulary}
-    size |= {"activation_function": "relu", "initializer_range": 0.2, "bos_token_id": 0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(eos_token_id=0, **size))
+def tiny_models(vocabulary):
+    """A causal language model and an encoder, untrained.
+
+    Found by trial: ReLU and wide initial weights let such models learn from few examples.
+    """
+    size = {"vocab_size": vocabulary, "initializer_range": 0.2}
+    gpt2 = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "eos_token_id": 0}
+    gpt2 |= {"activation_function": "relu", "bos_token_id": 0}
+    roberta = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+    roberta |= {"intermediate_size": 256, "hidden_act": "relu", "pad_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **gpt2))
+    return model, transformers.RobertaModel(transformers.RobertaConfig(**size, **roberta))
 
 
-def tiny_roberta(vocabulary):
-    """As above. The padding token is number 0, <|endoftext|>."""
-    size = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
-    size |= {"intermediate_size": 256, "hidden_act": "relu", "initializer_range": 0.2}
-    size |= {"vocab_size": vocabulary, "pad_token_id": 0}
-    return transformers.RobertaModel(transformers.RobertaConfig(**size))
+def conventions(model, tokenizer):
+    """The tokens that end an utterance, and the model's name for its cache, both found by asking.
+
+    `generate` of a model that is saved will end an utterance there, and sample as `Actor` does.
+    """
+    texts = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
+    # Some tokenizers know no newline, others put a special token behind every text.
+    require("\n" in texts[tokenizer.encode("\n")[-1]], "its texts cannot end in a newline")
+    ends = [i for i, text in enumerate(texts) if "\n" in text]
+    eos = model.generation_config.eos_token_id  # a number, a list or None
+    ends += [eos] if isinstance(eos, int) else eos or []
+    sampling = transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=ends)
+    model.generation_config = sampling
+    new = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
+    return nn.Buffer(torch.tensor(ends), persistent=False), "cache" if new else "past_key_values"
+
+
+def cut(tokenizer, model, c):
+    """Lets the tokenizer cut texts to what the settings allow and the model can read."""
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    # RoBERTa's positions begin at 2.
+    tokenizer.model_max_length = min(c.state_tokens, context - c.utterance_tokens - 2)
+    room = "no room for a state: change --state-tokens or --utterance-tokens"
+    require(tokenizer.model_max_length > 1, room)
 
 
 def load(name, model_class):
     """A pretrained model in float32 and its tokenizer, from the hub or a folder."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
-    model = model_class.from_pretrained(name).float()
-    tokenizer.model_max_length = model.config.max_position_embeddings - 2  # RoBERTa begins at 2
-    return model, tokenizer
+    model = model_class.from_pretrained(name, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+
+
+def speaks_alone_as_in_company(actor):
+    """Whether padding, the cache and its reordering leave what the model says as it is."""
+    short, long = actor.tokens_of("Hello.\n"), actor.tokens_of("Somewhat longer.\n")
+    alone, _ = actor(*pad([short], 0, actor.model.device, "left"), keep=1)
+    ids, mask = pad([long, short], 0, actor.model.device, "left")
+    _, cache = actor(ids[:, :-1], mask[:, :-1], keep=1)
+    cache.reorder_cache(torch.tensor([1], device=ids.device))
+    cached, _ = actor(ids[1:, -1:], mask[1:], keep=1, cache=cache)
+    return torch.allclose(cached, alone, rtol=1e-3, atol=1e-3)
 
 
 def build(c, texts):
@@ -677,20 +715,23 @@ def build(c, texts):
         torch.set_num_threads(1)  # a second one gains little, and much time is lost on busy cores
     # Tiny ones, which are replaced below if the settings name others.
     tokenizer = critic_tokenizer = tiny_tokenizer(texts)
-    model, encoder = tiny_gpt2(len(tokenizer)), tiny_roberta(len(tokenizer))
+    model, encoder = tiny_models(len(tokenizer))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explained(f"cannot use --actor {c.actor!r} on {device!r}"):
         if c.actor:
             model, tokenizer = load(c.actor, transformers.AutoModelForCausalLM)
+        cut(tokenizer, model, c)
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
-        require(actor.state_tokens > 0, f"{c.utterance_tokens} tokens leave no room for a state")
+        actor.rows = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
         actor.act(["", "Hello.\n"])  # a trial: better here than hours later
+        require(speaks_alone_as_in_company(actor), "what it says depends on the rest of a batch")
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         if c.critic:
             encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
-        require(critic_tokenizer.pad_token, "its tokenizer has no padding token")
+            cut(critic_tokenizer, encoder, c)
         critic = DoubleCritic(encoder, critic_tokenizer).to(device)
-        critic.embed(["", "Hello.\n"])
+        alone, together = critic.embed(["A"]), critic.embed(["A", "Somewhat longer.\n"])
+        require(torch.allclose(alone[0], together[0], atol=1e-3), "it mixes the texts of a batch")
     actor.bfloat16 = critic.bfloat16 = bool(c.actor and c.critic) and device.startswith("cuda")
     return actor, critic
 
@@ -767,7 +808,7 @@ def check(c):
         require(getattr(c, name) in known, f"--{name}: choose from {', '.join(known)}")
     rates = ("actor_lr", "critic_lr", "warm_start_lr")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
-    least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
+    least |= dict.fromkeys(("state_tokens", "utterance_tokens", "evaluation_episodes"), 1)
     least |= dict.fromkeys((*rates, "clip"), 1e-9)
     most = dict.fromkeys((*rates, "gamma", "tau", "expectile"), 1)
     for name, value in vars(c).items():
@@ -801,9 +842,11 @@ def prepare(c):
         s, _ = trial.reset(seed=0)
         s2, r, _, _, _ = trial.step("look")  # a game must answer whatever is said
         require(math.isfinite(r), f"it pays {r}")
-        longest = max(len(actor.tokens_of(s)), len(actor.tokens_of(s2)))
-    require(longest <= actor.state_tokens, f"no room for an observation of {longest} tokens")
-    ids = {a: [*actor.tokens_of(a), actor.end] for _, a, _, _, _ in turns}
+        longest = max(map(len, actor.tokenizer([s, s2]).input_ids))
+    room = actor.tokenizer.model_max_length
+    require(longest <= room, f"no room for an observation of {longest} tokens")
+    encode = partial(actor.tokenizer.encode, add_special_tokens=False)
+    ids = {a: encode(a + "\n") for _, a, _, _, _ in turns}
     longest = max(map(len, ids.values()), default=0)
     require(longest <= c.utterance_tokens, f"this data needs --utterance-tokens {longest} at least")
     demonstrations = [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
@@ -875,7 +918,7 @@ def run(c, saved=None):
 def main(arguments=None):
     """The command line: an option for each setting, and one line for each mistake."""
     parser = transformers.HfArgumentParser(Config, prog="archer.py", description="ArCHer")
-    parser.add_argument("--preset", choices=["paper"], help="the paper's models and settings")
+    parser.add_argument("--preset", choices=["paper", "pretrained"], help="see README")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     options = parser.parse_args(arguments)
     game, folder = GAMES.get(options.env), options.resume
@@ -887,8 +930,8 @@ def main(arguments=None):
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
                 c = Config(**(saved["config"] | {"out": folder}))
             return run(c, saved)
-        preset = getattr(game, "paper", None) if options.preset else {}
-        require(preset is not None, f"the game {options.env} has no preset")
+        preset = getattr(game, options.preset, None) if options.preset else {}
+        require(preset is not None, f"the game {options.env} has no preset {options.preset}")
         # A game without settings, or none at all, which `check` refuses, changes no default.
         parser.set_defaults(**getattr(game, "settings", {}) | preset)
         return run(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])

@@ -53,6 +53,12 @@ class TextGame:
         # our choice: neither source gives a value
         "warm_start_lr": 1e-4,
     }
+    pretrained = {"actor": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # `--preset pretrained`
+    pretrained |= {"critic": "sentence-transformers/all-MiniLM-L6-v2"}
+    pretrained |= {"warm_start_steps": 260, "warm_start_lr": 2e-4, "batch": 32}
+    pretrained |= {"episodes": 16, "warmup_iterations": 8}
+    pretrained |= {"critic_steps": 60, "critic_lr": 1e-4}
+    pretrained |= {"actor_steps": 2, "actor_lr": 1e-5}
 
     def rules(self, position, hidden, utterance):
         """Returns (next position, reply, reward, over). Pure: equal inputs give equal outputs."""
