@@ -6,6 +6,7 @@ whose reward is the critic's advantage (Eq. 3).
 
     python archer.py                          the detective game, a tiny GPT-2, a minute or two
     python archer.py --env twenty_questions   another game, a few minutes
+    python archer.py --preset pretrained      a language model of 135M parameters, within an hour
     python archer.py --help                   every setting
 
 On one GPU, with the paper's models, and the settings of the paper and its released code:
@@ -91,7 +92,7 @@ class Config:
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
-    offline: str = setting("", "file of episodes to learn from without playing; empty: play")
+    offline: str = setting("", "file of episodes, to imitate and learn from; empty: play")
     evaluation_episodes: int = setting(500, "fresh episodes per reported return; few: noisy")
 
 
@@ -150,6 +151,7 @@ class Actor(nn.Module):
     `train()`: with dropout, what is scored would not be what was sampled.
     """
 
+    # `build` sets both.
     bfloat16 = False  # inside the model; softmax and losses are in float32
     rows = 512  # states at which it speaks side by side; few: less memory
 
@@ -160,8 +162,9 @@ class Actor(nn.Module):
         self.model = model.eval()
         self.tokenizer = tokenizer
         # The tokens of a state; one that is too long loses its start. Cached: not to be changed.
-        self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, truncation=True))
+        self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
+        # The tokens that end an utterance, and transformers' name for the cache.
         self.ends, self.cache_name = conventions(model, tokenizer)
 
     def forward(self, ids, mask, keep, cache=None):
@@ -189,7 +192,7 @@ class Actor(nn.Module):
         ids, mask = pad([self.tokens_of(s or "\n") for s in index], 0, self.model.device, "left")
         logits, cache = self(ids, mask, keep=1)  # reads each distinct state once
         copies = torch.tensor([index[s] for s in states], device=ids.device)
-        cache.reorder_cache(copies)  # from here on one row per state
+        cache.reorder_cache(copies)  # repeats rows: from here on one per state
         logits, mask = logits[copies], mask[copies]
         tokens = torch.full((len(states), self.utterance_tokens), -1, device=ids.device)
         # `tokens` has a row per state; logits, mask and cache only have the rows of `active`.
@@ -241,7 +244,7 @@ def value_head(inputs, h):
 class DoubleCritic(nn.Module):
     """Q1, Q2, V1 and V2: four heads on one encoder, which reads state and utterance separately."""
 
-    bfloat16 = False  # inside the encoder; values and losses stay in float32
+    bfloat16 = False  # inside the encoder; values and losses are in float32; `build` sets it
 
     def __init__(self, encoder, tokenizer):
         """tokenizer: needs a `model_max_length`, and `truncation_side="left"`; the usual side,
@@ -249,8 +252,8 @@ class DoubleCritic(nn.Module):
         super().__init__()
         self.encoder = encoder.eval()  # no dropout, as in Actor
         self.tokenizer = tokenizer
-        self.tokens_of = lru_cache(2**16)(partial(tokenizer.encode, truncation=True))
-        h = encoder.config.hidden_size
+        self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
+        h = encoder.config.get_text_config().hidden_size
         self.q_heads = nn.ModuleList([value_head(2 * h, h), value_head(2 * h, h)])
         self.v_heads = nn.ModuleList([value_head(h, h), value_head(h, h)])
 
@@ -529,7 +532,9 @@ class TokenBaseline(nn.Module):
         super().__init__()
         self.join = actor.join  # a method: the actor does not become a part of this module
         self.model = copy.deepcopy(actor.model.base_model)
-        self.head = nn.Linear(self.model.config.hidden_size, 1, device=self.model.device)
+        self.head = nn.Linear(
+            self.model.config.get_text_config().hidden_size, 1, device=self.model.device
+        )
 
     def forward(self, states, token_ids):
         """The value before each token of the utterances, and `spoken`: [B, L] each."""
@@ -634,7 +639,7 @@ def explained(what):
     try:
         yield
     except Exception as error:
-        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
+        raise UserError(f"{what}: {str(error).strip() or type(error).__name__}") from error
 
 
 def tiny_tokenizer(texts):
@@ -664,16 +669,18 @@ def tiny_models(vocabulary):
 
 
 def conventions(model, tokenizer):
-    """The tokens that end an utterance, and the model's name for its cache, both found by asking.
+    """The tokens that end an utterance, and the name of `forward`'s argument for a cache.
 
-    `generate` of a model that is saved will end an utterance there, and sample as `Actor` does.
+    Also makes `generate` end an utterance there and sample as `Actor` does, if the model is saved.
     """
-    texts = tokenizer.batch_decode([[i] for i in range(model.config.vocab_size)])
+    # A model may have more tokens than its tokenizer; those have no text.
+    vocabulary = model.config.get_text_config().vocab_size
+    texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
     # Some tokenizers know no newline, others put a special token behind every text.
     require("\n" in texts[tokenizer.encode("\n")[-1]], "its texts cannot end in a newline")
-    ends = [i for i, text in enumerate(texts) if "\n" in text]
     eos = model.generation_config.eos_token_id  # a number, a list or None
-    ends += [eos] if isinstance(eos, int) else eos or []
+    eos = [eos] if isinstance(eos, int) else eos or []
+    ends = [i for i, text in enumerate(texts) if "\n" in text or i in eos]
     sampling = transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=ends)
     model.generation_config = sampling
     new = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
@@ -682,8 +689,8 @@ def conventions(model, tokenizer):
 
 def cut(tokenizer, model, c):
     """Lets the tokenizer cut texts to what the settings allow and the model can read."""
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    # RoBERTa's positions begin at 2.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    # An utterance must fit behind a state, and RoBERTa's positions begin at 2.
     tokenizer.model_max_length = min(c.state_tokens, context - c.utterance_tokens - 2)
     room = "no room for a state: change --state-tokens or --utterance-tokens"
     require(tokenizer.model_max_length > 1, room)
@@ -696,7 +703,10 @@ def load(name, model_class):
 
 
 def speaks_alone_as_in_company(actor):
-    """Whether padding, the cache and its reordering leave what the model says as it is."""
+    """Whether padding, a cache and its reordering leave the next token's logits as they are.
+
+    Two short texts, one cached step, to 1e-3.
+    """
     short, long = actor.tokens_of("Hello.\n"), actor.tokens_of("Somewhat longer.\n")
     alone, _ = actor(*pad([short], 0, actor.model.device, "left"), keep=1)
     ids, mask = pad([long, short], 0, actor.model.device, "left")
@@ -728,10 +738,13 @@ def build(c, texts):
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         if c.critic:
             encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
-            cut(critic_tokenizer, encoder, c)
+            cut(critic_tokenizer, encoder, c)  # a tiny critic has the tiny actor's, cut already
         critic = DoubleCritic(encoder, critic_tokenizer).to(device)
-        alone, together = critic.embed(["A"]), critic.embed(["A", "Somewhat longer.\n"])
-        require(torch.allclose(alone[0], together[0], atol=1e-3), "it mixes the texts of a batch")
+        alone, _ = critic(["A"], ["A"])
+        together, _ = critic(["A", "Somewhat longer.\n"], ["A", "A"])
+        same = torch.allclose(alone[:, 0], together[:, 0], rtol=1e-3, atol=1e-3)
+        require(same, "it mixes the texts of a batch")
+    # Tiny models gain nothing from it.
     actor.bfloat16 = critic.bfloat16 = bool(c.actor and c.critic) and device.startswith("cuda")
     return actor, critic
 
@@ -844,15 +857,16 @@ def prepare(c):
         require(math.isfinite(r), f"it pays {r}")
         longest = max(map(len, actor.tokenizer([s, s2]).input_ids))
     room = actor.tokenizer.model_max_length
-    require(longest <= room, f"no room for an observation of {longest} tokens")
+    require(longest <= room, f"no room for an observation of {longest} tokens, only for {room}")
     encode = partial(actor.tokenizer.encode, add_special_tokens=False)
-    ids = {a: encode(a + "\n") for _, a, _, _, _ in turns}
+    ids = {a: encode(a + "\n") for _, a, _, _, _ in turns}  # "?\n" may be one token
     longest = max(map(len, ids.values()), default=0)
     require(longest <= c.utterance_tokens, f"this data needs --utterance-tokens {longest} at least")
     demonstrations = [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
     return c, actor, critic, demonstrations
 
 
+@torch.no_grad()
 def dialogue(episode, actor, critic):
     """An episode as text: per turn the state's end, the utterance, r, Q, V, A, log-probability."""
     s, a, token_ids, *_ = zip(*episode, strict=True)
@@ -918,7 +932,7 @@ def run(c, saved=None):
 def main(arguments=None):
     """The command line: an option for each setting, and one line for each mistake."""
     parser = transformers.HfArgumentParser(Config, prog="archer.py", description="ArCHer")
-    parser.add_argument("--preset", choices=["paper", "pretrained"], help="see README")
+    parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see README")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     options = parser.parse_args(arguments)
     game, folder = GAMES.get(options.env), options.resume

@@ -1,6 +1,7 @@
 """Makes what this folder, README and tutorial.ipynb show.
 
 python assets/make.py results runs/*     results.jsonl, games.png, curve.png; prints README's table
+python assets/make.py pretrained runs/*  pretrained.jsonl, pretrained.png; prints README's table
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
 python assets/make.py study              study.csv, its figures and tables; takes hours
@@ -170,6 +171,50 @@ def results(folders):
     if curves:
         plot_games(curves)
     print(results_table(summary for summary, _, _ in runs))
+
+
+# ==================================================================================================
+# pretrained: finished runs of one game with `--preset pretrained`, and tiny ones beside them
+# ==================================================================================================
+
+
+def pretrained(folders):
+    """Return against episodes, a line a run."""
+    runs = []
+    for folder in map(Path, folders):
+        (config,) = read_lines(folder / "config.json")
+        (summary,) = read_lines(folder / "summary.json")
+        metrics = read_lines(folder / "metrics.jsonl")
+        actor = "pretrained, 134.5M" if config["actor"] else "tiny, new"
+        played = [m["iteration"] * config["episodes"] for m in metrics]
+        curve = {"episodes played": played, "return": [m["return"] for m in metrics]}
+        runs.append({"actor": actor, **summary, **curve})
+    runs.sort(key=lambda run: (run["actor"], run["seed"]))
+    archer.write_json(HERE / "pretrained.jsonl", runs)
+
+    game = GAMES[runs[0]["game"]]
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    looks = {"pretrained, 134.5M": ("#D55E00", "-"), "tiny, new": ("#0072B2", "--")}
+    for name, (color, style) in looks.items():
+        for k, run in enumerate(run for run in runs if run["actor"] == name):
+            x, y = [0, *run["episodes played"]], [run["start"], *run["return"]]
+            label = f"{name}; a line a seed" if k == 0 else None
+            axes.plot(x, y, color=color, linestyle=style, label=label)
+    axes.axhline(game.optimal_return(), linestyle=":", label="optimum", **BLACK)
+    axes.set_xlim(0, 3 * max(run["episodes"] for run in runs if run["actor"] != "tiny, new"))
+    axes.set(xlabel="episodes played", ylabel="return of an episode, sampled play")
+    axes.set_title(f"{runs[0]['game']}: a pretrained actor and a tiny one")
+    axes.legend(fontsize=8)
+    figure.savefig(HERE / "pretrained.png", dpi=110)
+
+    rows = []
+    for run in runs:
+        numbers = [f"{run[key]:.2f}" for key in ("start", "end", "greedy")]
+        rest = [f"{gap_closed(run):.3f}", run["episodes"], round(run["seconds"] / 60)]
+        rows.append([run["actor"], run["seed"], *numbers, *rest])
+    header = ["actor", "seed", "start", "end", "greedy", "gap closed", "episodes", "minutes"]
+    print(markdown(header, rows))
 
 
 # ==================================================================================================
@@ -701,8 +746,8 @@ TRAPS = {  # change: (a piece of archer.py, what stands in its place)
         "a, _ = self.actor.act(s); token_ids = [self.actor.tokens_of(x) or [0] for x in a]",
     ),
     "the end token is dropped": (
-        "1 + (tokens != self.end).sum(1)",
-        "(tokens != self.end).sum(1).clamp(min=1)",
+        "[x for x in row if x >= 0]",
+        "[x for x in row if x >= 0 and x not in self.ends] or row[:1]",
     ),
     "top-k left on": (
         "p = logits[:, -1].softmax(1)",
@@ -710,6 +755,10 @@ TRAPS = {  # change: (a piece of archer.py, what stands in its place)
         "p = z.masked_fill(z < z.topk(k).values[:, -1:], -1e9).softmax(1)",
     ),
     "a time limit taken for an end": ("bool(terminated)", "bool(terminated or truncated)"),
+    "`pooler_output` in place of the mean": (
+        "hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state",
+        "return self.encoder(input_ids=ids, attention_mask=mask).pooler_output.float()",
+    ),
 }
 
 
@@ -839,20 +888,20 @@ def timed_iterations(game, iterations, critic_layers=1):
 
 
 def seconds_of_act(actor, states):
-    """Seconds an utterance, 1,024 states at a time."""
+    """Seconds an utterance."""
     began = time.perf_counter()
-    for part in archer.split(states, 1024):
-        actor.act(part)
+    actor.act(states)
     return (time.perf_counter() - began) / len(states)
 
 
 def seconds_of_generate(actor, states):
     """Seconds an utterance of transformers' own `generate`, a call for each minibatch of 128."""
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": actor.utterance_tokens}
-    options |= {"eos_token_id": actor.end, "pad_token_id": actor.end}
+    options |= {"eos_token_id": actor.ends.tolist(), "pad_token_id": 0}
     began = time.perf_counter()
     for part in archer.split(states, 128):
-        ids, mask = archer.pad(actor.encode(part), actor.end, actor.model.device, "left")
+        tokens = [actor.tokens_of(s) for s in part]
+        ids, mask = archer.pad(tokens, 0, actor.model.device, "left")
         actor.model.generate(input_ids=ids, attention_mask=mask, **options)
     return (time.perf_counter() - began) / len(states)
 
@@ -910,12 +959,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("results").add_argument("folders", nargs="+")
+    commands.add_parser("pretrained").add_argument("folders", nargs="+")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     commands.add_parser("study")
     commands.add_parser("price")
     commands.add_parser("speed")
     options = vars(parser.parse_args())
-    functions = {"results": results, "notebook": notebook}
+    functions = {"results": results, "pretrained": pretrained, "notebook": notebook}
     functions |= {"study": study, "price": price, "speed": speed}
     functions[options.pop("command")](**options)
 
