@@ -184,6 +184,7 @@ def pretrained(folders):
     for folder in map(Path, folders):
         (config,) = read_lines(folder / "config.json")
         (summary,) = read_lines(folder / "summary.json")
+        del summary["seconds"]  # since the last `--resume` only
         metrics = read_lines(folder / "metrics.jsonl")
         actor = "pretrained, 134.5M" if config["actor"] else "tiny, new"
         played = [m["iteration"] * config["episodes"] for m in metrics]
@@ -211,9 +212,9 @@ def pretrained(folders):
     rows = []
     for run in runs:
         numbers = [f"{run[key]:.2f}" for key in ("start", "end", "greedy")]
-        rest = [f"{gap_closed(run):.3f}", run["episodes"], round(run["seconds"] / 60)]
+        rest = [f"{gap_closed(run):.3f}", run["episodes"]]
         rows.append([run["actor"], run["seed"], *numbers, *rest])
-    header = ["actor", "seed", "start", "end", "greedy", "gap closed", "episodes", "minutes"]
+    header = ["actor", "seed", "start", "end", "greedy", "gap closed", "episodes"]
     print(markdown(header, rows))
 
 
