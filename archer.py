@@ -677,7 +677,7 @@ def conventions(model, tokenizer):
     vocabulary = model.config.get_text_config().vocab_size
     texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
     # Some tokenizers know no newline, others put a special token behind every text.
-    require("\n" in texts[tokenizer.encode("\n")[-1]], "its texts cannot end in a newline")
+    require("\n" in [texts[i] for i in tokenizer.encode("\n")[-1:]], "no text ends in a newline")
     eos = model.generation_config.eos_token_id  # a number, a list or None
     eos = [eos] if isinstance(eos, int) else eos or []
     ends = [i for i, text in enumerate(texts) if "\n" in text or i in eos]
