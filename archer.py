@@ -6,7 +6,7 @@ whose reward is the critic's advantage (Eq. 3).
 
     python archer.py                          the detective game, a tiny GPT-2, a minute or two
     python archer.py --env twenty_questions   another game, a few minutes
-    python archer.py --preset pretrained      a language model of 135M parameters, within an hour
+    python archer.py --preset pretrained      a language model of 135M parameters, an hour
     python archer.py --help                   every setting
 
 On one GPU, with the paper's models, and the settings of the paper and its released code:
@@ -58,13 +58,13 @@ class Config:
     seed: int = setting(0, "of everything random; on a CPU the same seed gives the same run")
     device: str = setting("", "cpu, cuda or mps; empty: cuda if there is one, else cpu")
     actor: str = setting("", "causal language model, name or folder; empty: a new tiny GPT-2")
-    critic: str = setting("", "encoder, name or folder; empty: a new tiny RoBERTa")
+    critic: str = setting("", "encoder or decoder, name or folder; empty: a new tiny RoBERTa")
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
     demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: a pretrained actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
-    warm_start_lr: float = setting(2e-3, "decays to 0; large: details are lost; pretrained: 1e-4")
+    warm_start_lr: float = setting(2e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: nothing new")
     warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
@@ -74,7 +74,7 @@ class Config:
     capacity: int = setting(10_000, "transitions kept; small: on-policy, large: stale")
 
     critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
-    critic_lr: float = setting(1e-3, "large: Q diverges, small: slow; pretrained: 2e-5")
+    critic_lr: float = setting(1e-3, "large: Q diverges, small: slow; pretrained: 1e-4")
     gamma: float = setting(0.97, "discount per turn; 0: the next reward only, 1: no hurry")
     tau: float = setting(0.2, "soft update; 1: no target network, 0: it never moves")
 
@@ -677,7 +677,8 @@ def conventions(model, tokenizer):
     vocabulary = model.config.get_text_config().vocab_size
     texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
     # Some tokenizers know no newline, others put a special token behind every text.
-    require("\n" in [texts[i] for i in tokenizer.encode("\n")[-1:]], "no text ends in a newline")
+    (last,) = tokenizer.batch_decode([tokenizer.encode("\n")[-1:]])
+    require("\n" in last, "no text ends in a newline")
     eos = model.generation_config.eos_token_id  # a number, a list or None
     eos = [eos] if isinstance(eos, int) else eos or []
     ends = [i for i, text in enumerate(texts) if "\n" in text or i in eos]

@@ -1001,7 +1001,7 @@ def test_exact_warm_start_copies_its_teacher(monkeypatch):
 def test_rare_tokens_of_a_large_vocabulary_are_said_as_often_as_they_should(models):
     """One token has probability .9, the 50,256 others share the rest evenly.
 
-    A sampler that truncates, or loses small probabilities to rounding, would show.
+    A sampler that truncates, or favours a part of the vocabulary, would show.
     """
     actor, _ = models
     actor.utterance_tokens = 1
@@ -1010,9 +1010,8 @@ def test_rare_tokens_of_a_large_vocabulary_are_said_as_often_as_they_should(mode
     cache = types.SimpleNamespace(reorder_cache=lambda rows: None)
     actor.forward = lambda ids, mask, keep: (logits.log(), cache)
     _, said = actor.act([""] * 6000)
-    fifths = collections.Counter(
-        (token - 1) * 5 // 50_256 for (token,) in said
-    )  # -1: the likely one
+    # The fifth of the vocabulary in which a token lies; -1 is the likely one.
+    fifths = collections.Counter((token - 1) * 5 // 50_256 for (token,) in said)
     for fifth, p in {-1: 0.9, **dict.fromkeys(range(5), 0.02)}.items():
         assert abs(fifths[fifth] - 6000 * p) < 4.5 * (6000 * p * (1 - p)) ** 0.5
 
@@ -1796,6 +1795,12 @@ def test_all_architectures_equal_a_plain_loop(role, name, tmp_path, monkeypatch)
         test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates(models)
 
 
+def test_a_cache_that_mixes_up_its_rows_is_noticed(models, monkeypatch):
+    reorder = transformers.DynamicCache.reorder_cache
+    monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda x, i: reorder(x, 0 * i))
+    assert not archer.speaks_alone_as_in_company(models[0])
+
+
 def byte_level(words):
     """Byte-level BPE; a token lies within a match of `words`."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
@@ -1900,7 +1905,6 @@ def test_a_model_is_loaded_in_float32_bounded_in_memory_and_saved(tmp_path, monk
     for _ in range(20):
         said = model.generate(state, max_new_tokens=50, pad_token_id=0)[0, state.shape[1] :]
         assert not torch.isin(said[:-1], actor.ends).any()
-        assert len(said) == 50 or said[-1] in actor.ends
 
 
 # ==================================================================================================
@@ -2372,7 +2376,7 @@ def test_offline_learns_from_what_a_file_holds_and_plays_only_to_evaluate(quick,
     assert lines_of("run", "config.json")[0]["capacity"] == len(buffer)
 
 
-def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(stock, quick):
+def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(stock, quick, monkeypatch):
     saved = stock / "run/actor"
     model = transformers.AutoModelForCausalLM.from_pretrained(saved)
     tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
@@ -2381,6 +2385,8 @@ def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(stock, quick
     weights = hash(Path(saved, "model.safetensors").read_bytes())
     assert start("same", *options, "--iterations", "1")[-1] == weights  # the critic's warm-up
     assert start("other", *options)[-1] != weights
+    monkeypatch.setitem(GAMES, "silent", Silent)  # nothing but `reset` and `step`
+    assert "optimum" not in start("new", *options, "--env=silent", f"--critic={stock}/roberta")[1]
 
 
 def test_help_shows_every_setting_and_every_setting_is_read(capsys):
@@ -2595,7 +2601,6 @@ def words_only():
     """A tokenizer that knows six words, and no newline."""
     words = {"[PAD]": 0, "[UNK]": 1, "go": 2, "north": 3, "take": 4, "key": 5}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
@@ -2684,12 +2689,10 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--device nonsense": "on 'nonsense'",
     # models
     "--actor no/folder | --actor nobodys-gpt2 | --actor numbers": "cannot use --actor '{}'",
-    "--actor cut | --actor roberta | --actor too_few": "cannot use --actor '{}'",
-    "--actor mute": "cannot use --actor '{}'",
+    "--actor cut | --actor roberta | --actor too_few | --actor mute": "cannot use --actor '{}'",
     "--actor no_newline": "on 'cpu': no text ends in a newline",
     "--critic no/folder | --critic too_few": "cannot use --critic '{}'",
     "--utterance-tokens 300 | --state-tokens 1": "no room for a state: change --state-tokens",
-    "--utterance-tokens 252": "no room for an observation of 4 tokens",
     "--utterance-tokens 1": "this data needs --utterance-tokens 5 at least",
     "--offline long_words": "this data needs --utterance-tokens 10 at least",
     # games
