@@ -142,7 +142,7 @@ def split(items, size):
 class Actor(nn.Module):
     """The policy pi(a|s): a causal language model that says a line.
 
-    An utterance ends with the first token that contains a newline, or with one that ends a text of
+    An utterance ends with the first token that contains a newline, or with an end-of-text token of
     the model. That token is scored, too.
 
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
@@ -532,9 +532,8 @@ class TokenBaseline(nn.Module):
         super().__init__()
         self.join = actor.join  # a method: the actor does not become a part of this module
         self.model = copy.deepcopy(actor.model.base_model)
-        self.head = nn.Linear(
-            self.model.config.get_text_config().hidden_size, 1, device=self.model.device
-        )
+        h = self.model.config.get_text_config().hidden_size
+        self.head = nn.Linear(h, 1, device=self.model.device)
 
     def forward(self, states, token_ids):
         """The value before each token of the utterances, and `spoken`: [B, L] each."""
@@ -739,7 +738,8 @@ def build(c, texts):
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         if c.critic:
             encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
-            cut(critic_tokenizer, encoder, c)  # a tiny critic has the tiny actor's, cut already
+        if critic_tokenizer is not tokenizer:  # which is cut already
+            cut(critic_tokenizer, encoder, c)
         critic = DoubleCritic(encoder, critic_tokenizer).to(device)
         alone, _ = critic(["A"], ["A"])
         together, _ = critic(["A", "Somewhat longer.\n"], ["A", "A"])

@@ -212,9 +212,11 @@ def pretrained(folders):
     rows = []
     for run in runs:
         numbers = [f"{run[key]:.2f}" for key in ("start", "end", "greedy")]
-        rest = [f"{gap_closed(run):.3f}", run["episodes"]]
+        at = zip(run["episodes played"], run["return"], strict=True)
+        first = next((episodes for episodes, earned in at if earned >= 9.5), "never")
+        rest = [f"{gap_closed(run):.3f}", first, run["episodes"]]
         rows.append([run["actor"], run["seed"], *numbers, *rest])
-    header = ["actor", "seed", "start", "end", "greedy", "gap closed", "episodes"]
+    header = ["actor", "seed", "start", "end", "greedy", "gap closed", "first at 9.5", "episodes"]
     print(markdown(header, rows))
 
 
