@@ -1803,13 +1803,14 @@ def byte_level(words):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
     rest = {"special_tokens": ["</s>", "<s>"], "show_progress": False}
     tokenizer.train_from_iterator(["is it red?\nNo.\n"] * 9, **rest)
+    tokenizer.add_tokens(["?\nNo"])
     return tokenizer._tokenizer
 
 
 def sentence_piece():
     """Words begin with a mark, and what is no piece falls back to bytes: a newline is <0x0A>."""
     pieces = ["</s>", "<s>", *(f"<0x{i:02X}>" for i in range(256))]
-    pieces += [*"abcdefghijklmnopqrstuvwxyz?.▁", "▁is", "▁it", "▁red", "?"]
+    pieces += [*"abcdefghijklmnopqrstuvwxyz?.▁", "▁is", "▁it", "▁red", "?\nNo"]
     model = tokenizers.models.Unigram([(x, -1.0) for x in pieces], 0, byte_fallback=True)
     tokenizer = tokenizers.Tokenizer(model)
     normal, decode = tokenizers.normalizers, tokenizers.decoders
@@ -1839,8 +1840,7 @@ def test_each_kind_of_tokenizer_ends_cuts_keeps_and_scores_utterances(kind, monk
         inner.post_processor = TemplateProcessing(**template)
     marks = {"bos_token": "<s>", "eos_token": "</s>", "truncation_side": "left"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
-    tokenizer.add_tokens("?\nNo")
-    inside = len(tokenizer) - 1
+    inside = tokenizer.convert_tokens_to_ids("?\nNo")
     unknown = len(tokenizer) + 7
     size = SIZE | {"vocab_size": len(tokenizer) + 50, "eos_token_id": [0, unknown]}
     torch.manual_seed(0)
