@@ -32,6 +32,8 @@ import inspect
 import json
 import math
 import random
+import shutil
+import sys
 import time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,7 +44,9 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from envs import GAMES
+import envs
+
+GAMES = getattr(envs, "GAMES", {})  # none if a project has an `envs` of its own
 
 
 def setting(default, help):
@@ -62,7 +66,7 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: a pretrained actor")
+    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(2e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
@@ -78,7 +82,7 @@ class Config:
     gamma: float = setting(0.97, "discount per turn; 0: the next reward only, 1: no hurry")
     tau: float = setting(0.2, "soft update; 1: no target network, 0: it never moves")
 
-    actor_steps: int = setting(4, "per iteration; 0: critic only, many: leaves the buffer's data")
+    actor_steps: int = setting(4, "per iteration; 0: critic only, many: outruns the critic")
     actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
     batch: int = setting(128, "examples per gradient step; small: noisy, large: slow")
     micro_batch: int = setting(0, "examples per backward pass; small: less memory; 0: all")
@@ -87,7 +91,7 @@ class Config:
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
     baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
     ppo_epochs: int = setting(3, "steps on the same utterances; 1: the gradient of Eq. 3")
-    ppo_clip: float = setting(0.2, "of a token's ratio; 0: one step only, huge: no clipping")
+    ppo_clip: float = setting(0.2, "of a token's ratio; 0: hardly a second step, huge: none")
     awr_beta: float = setting(1.0, "0: copies everything logged, large: whatever has A > 0")
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
@@ -100,11 +104,11 @@ class Config:
 # The algorithm
 # ==================================================================================================
 
-# One turn. s: all that the agent may know, as text; its last line is complete. a: the utterance,
+# One turn. s: all that the agent may know, as text that should end in a newline. a: the utterance,
 # without its newline. ids: its tokens as they were sampled, the end token included unless the
-# utterance was cut; used by the warm start and Eq. 7. r: the reward. s2: the next state. done: the
-# task ended at s2, whose value is 0. It is False at a time limit that is no part of the task
-# (`truncated`): there the critic bootstraps.
+# utterance was cut. r: the reward. s2: the next state. done: the task ended at s2, whose value is
+# 0. It is False at a time limit that is no part of the task (`truncated`): there the critic
+# bootstraps.
 Transition = collections.namedtuple("Transition", "s a ids r s2 done")
 
 
@@ -216,9 +220,8 @@ class Actor(nn.Module):
         Utterances stand at the right edge. spoken is 1 at their tokens, 0 at padding.
         """
         sequences = [self.tokens_of(s or "\n") + a for s, a in zip(states, token_ids, strict=True)]
-        ids, mask = pad(sequences, 0, self.model.device, "left")
         _, spoken = pad(token_ids, 0, self.model.device, "left")
-        return ids, mask, spoken
+        return *pad(sequences, 0, self.model.device, "left"), spoken
 
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
@@ -353,22 +356,20 @@ def rollout(game, actor, episodes, rng, greedy=False):
 
     game: a class; reset(seed=...) -> (s, info), step(a) -> (s2, r, terminated, truncated, info).
     rng: a random.Random, for the games' seeds; utterances are drawn by torch's generator. Easy to
-    overlook: `truncated` ends an episode, but is not `done`. Raises FloatingPointError for a
-    reward that is not finite.
+    overlook: `truncated` ends an episode, but is not `done`. Raises UserError for a turn that the
+    critic could not learn from (see `checked`).
     """
-    games = [game() for _ in range(episodes)]
-    played = [[] for _ in games]
-    states = {i: g.reset(seed=rng.randrange(2**31))[0] for i, g in enumerate(games)}
-    while states:  # of the games that still run
-        utterances, token_ids = actor.act(list(states.values()), greedy)
-        for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # over a copy
-            s2, r, terminated, truncated, _ = games[i].step(a)
-            if not math.isfinite(r):
-                raise FloatingPointError(f"the game paid {r}")
-            played[i].append(Transition(states[i], a, ids, float(r), s2, bool(terminated)))
-            states[i] = s2
-            if terminated or truncated:
-                del states[i]
+    played = [[] for _ in range(episodes)]
+    with opened(game, episodes) as games:
+        states = {i: text(g.reset(seed=rng.randrange(2**31))[0]) for i, g in enumerate(games)}
+        while states:  # of the games that still run
+            utterances, token_ids = actor.act(list(states.values()), greedy)
+            for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # over a copy
+                s2, r, terminated, truncated, _ = games[i].step(a)
+                s, a, r, states[i], done = checked(states[i], a, r, s2, terminated)
+                played[i].append(Transition(s, a, ids, r, states[i], done))
+                if terminated or truncated:
+                    del states[i]
     return played
 
 
@@ -379,8 +380,9 @@ class ArCHer:
         for _ in range(c.iterations):
             print(learner.iterate())
 
-    With `c.episodes` of 0 it learns offline. `state_dict` covers all that an iteration changes: on
-    a CPU a resumed run equals an uninterrupted one bit for bit.
+    With `c.episodes` of 0 it learns offline. The methods `loss_of_...` compute a network's loss by
+    the function `..._loss`. `state_dict` covers all that an iteration changes: on a CPU, and in
+    games that draw from their seed alone, a resumed run equals an uninterrupted one bit for bit.
     """
 
     # The attributes that have a state_dict of their own.
@@ -403,7 +405,7 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # The buffer's generator also seeds the games: one state less to save. (Alg. 1, lines 4-7)
+        # The buffer's generator also seeds the games: one generator less. (Alg. 1, lines 4-7)
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
@@ -475,7 +477,7 @@ class ArCHer:
         self.iteration = state["iteration"]
         self.buffer.rng.setstate(state["rng"])
         torch.set_rng_state(state["torch_rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
 
 
 # ==================================================================================================
@@ -500,7 +502,7 @@ def expectile_loss(v, q, expectile):
     """V learns an expectile of Q over logged utterances; near 1, the Q of the best (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
-    Our transcription of the paper has V - Q, which would give a low expectile.
+    The paper, in the transcription that we have, has V - Q, which would give a low expectile.
     """
     u = q.detach() - v
     return ((expectile - (u < 0).to(u)).abs() * u.pow(2)).mean(1).sum()
@@ -641,24 +643,58 @@ def explained(what):
         raise UserError(f"{what}: {str(error).strip() or type(error).__name__}") from error
 
 
-def tiny_tokenizer(texts):
-    """Byte-level BPE trained on a game's texts: frequent words are one token, any text encodes."""
+@contextlib.contextmanager
+def opened(game, n=1):
+    """n new games. In the end, whatever happened, those that have a `close` are closed."""
+    with contextlib.ExitStack() as stack:
+        games = []
+        for _ in range(n):
+            games.append(game())
+            stack.callback(getattr(games[-1], "close", lambda: None))
+        yield games
+
+
+def text(x):
+    """x, with half surrogate pairs as "?", for tokenizers. Raises UserError if it is no `str`."""
+    require(isinstance(x, str), f"{x!r} is no text")
+    return x.encode(errors="replace").decode()
+
+
+def checked(s, a, r, s2, done):
+    """A turn of a game or a file, in Python's own types; numpy's are accepted.
+
+    A newline at the end of the utterance is dropped. Raises UserError for wrong types, and for a
+    reward that is not finite.
+    """
+    with explained(f"the reward {r!r}"):
+        require(math.isfinite(r), "it is not finite")
+    require(done in (True, False), f"{done!r} is not true or false")
+    return text(s), text(a).removesuffix("\n"), float(r), text(s2), bool(done)
+
+
+def learn_vocabulary(texts):
+    """Byte-level BPE of a game's texts, as JSON: frequent words are one token, any text encodes."""
     words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n| ?\S+|\s"), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    end = "<|endoftext|>"
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, to_bytes])
-    bpe.train_from_iterator(texts, vocab_size=2048, special_tokens=[end], show_progress=False)
-    rest = {"model_max_length": 256, "truncation_side": "left", "pad_token": end, "eos_token": end}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **rest)
+    bpe.train_from_iterator(texts, 2048, special_tokens=["<|endoftext|>"], show_progress=False)
+    return bpe.to_str()
 
 
-def tiny_models(vocabulary):
-    """A causal language model and an encoder, untrained.
+def tiny_tokenizer(vocabulary):
+    """The tokenizer of tiny models. vocabulary: from `learn_vocabulary`."""
+    tokenizer = tokenizers.Tokenizer.from_str(vocabulary)
+    rest = {"truncation_side": "left", "pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **rest)
+
+
+def tiny_models(tokens):
+    """A causal language model and an encoder, untrained, for a vocabulary of so many tokens.
 
     Found by trial: ReLU and wide initial weights let such models learn from few examples.
     """
-    size = {"vocab_size": vocabulary, "initializer_range": 0.2}
+    size = {"vocab_size": tokens, "initializer_range": 0.2}
     gpt2 = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "eos_token_id": 0}
     gpt2 |= {"activation_function": "relu", "bos_token_id": 0}
     roberta = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
@@ -677,7 +713,7 @@ def conventions(model, tokenizer):
     texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
     # Some tokenizers know no newline, others put a special token behind every text.
     (last,) = tokenizer.batch_decode([tokenizer.encode("\n")[-1:]])
-    require("\n" in last, "no text ends in a newline")
+    require("\n" in last, "its tokenizer drops a final newline, or puts a token behind it")
     eos = model.generation_config.eos_token_id  # a number, a list or None
     eos = [eos] if isinstance(eos, int) else eos or []
     ends = [i for i, text in enumerate(texts) if "\n" in text or i in eos]
@@ -716,15 +752,10 @@ def speaks_alone_as_in_company(actor):
     return torch.allclose(cached, alone, rtol=1e-3, atol=1e-3)
 
 
-def build(c, texts):
-    """Actor and critic on their device. texts: what the tokenizer of tiny models learns from.
-
-    If both are tiny, torch is set to one thread.
-    """
-    if not (c.actor or c.critic):
-        torch.set_num_threads(1)  # a second one gains little, and much time is lost on busy cores
+def build(c, vocabulary):
+    """Actor and critic on their device. vocabulary: for the tokenizer of tiny models."""
     # Tiny ones, which are replaced below if the settings name others.
-    tokenizer = critic_tokenizer = tiny_tokenizer(texts)
+    tokenizer = critic_tokenizer = tiny_tokenizer(vocabulary)
     model, encoder = tiny_models(len(tokenizer))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explained(f"cannot use --actor {c.actor!r} on {device!r}"):
@@ -741,10 +772,10 @@ def build(c, texts):
         if critic_tokenizer is not tokenizer:  # which is cut already
             cut(critic_tokenizer, encoder, c)
         critic = DoubleCritic(encoder, critic_tokenizer).to(device)
-        alone, _ = critic(["A"], ["A"])
-        together, _ = critic(["A", "Somewhat longer.\n"], ["A", "A"])
-        same = torch.allclose(alone[:, 0], together[:, 0], rtol=1e-3, atol=1e-3)
+        alone, pair = critic.embed(["A"]), critic.embed(["A", "Somewhat longer.\n"])
+        same = torch.allclose(alone[0], pair[0], rtol=1e-3, atol=1e-3)
         require(same, "it mixes the texts of a batch")
+    actor.vocabulary = vocabulary  # for checkpoints: a resumed run has no texts to learn it from
     # Tiny models gain nothing from it.
     actor.bfloat16 = critic.bfloat16 = bool(c.actor and c.critic) and device.startswith("cuda")
     return actor, critic
@@ -795,28 +826,73 @@ def metrics(learner, critic_updates, actor_updates):
         numbers["discounted_return"] = mean_return(learner.played, learner.c.gamma)
         numbers["return"] = mean_return(learner.played)
         numbers["turns"] = sum(map(len, learner.played)) / len(learner.played)
+        numbers |= health(learner)
     return numbers
+
+
+def health(learner):
+    """What the actor said in the episodes played; how to read it stands in README.
+
+    entropy, token_entropy: means of -log p of an utterance and of a token, over a batch of them,
+    after the actor's steps; a little more than the entropy of the policy that spoke. distinct:
+    different utterances over all utterances. cut: the share without an end. tokens: per utterance.
+    """
+    turns = [t for episode in learner.played for t in episode]
+    n = learner.c.micro_batch or learner.c.batch
+    some = random.Random(0).sample(turns, min(n, len(turns)))
+    log_p, spoken = learner.actor.log_probs([t.s for t in some], [t.ids for t in some])
+    total = -(log_p * spoken).sum().item()
+    ends = set(learner.actor.ends.tolist())
+    return {
+        "entropy": total / len(some),
+        "token_entropy": total / spoken.sum().item(),
+        "distinct": len({t.a for t in turns}) / len(turns),
+        "cut": sum(t.ids[-1] not in ends for t in turns) / len(turns),
+        "tokens": sum(len(t.ids) for t in turns) / len(turns),
+    }
+
+
+@contextlib.contextmanager
+def written(path):
+    """Where to write a file or a folder, which becomes `path` once it is whole.
+
+    If the run is stopped meanwhile, or the disk is full, what was at `path` is kept.
+    """
+    part = Path(f"{path}.part")
+    with explained(f"cannot write {path} (is the disk full?)"):
+        try:
+            yield part
+            if part.is_dir():  # a folder cannot replace another
+                shutil.rmtree(path, ignore_errors=True)
+            part.replace(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            part.unlink(missing_ok=True)
 
 
 def write_json(path, values):
     """One JSON value per line; whatever was in the file is replaced."""
-    with explained(f"cannot write {path}"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text("".join(json.dumps(x) + "\n" for x in values), encoding="utf-8")
+    with written(path) as part:
+        part.write_text("".join(json.dumps(x) + "\n" for x in values), encoding="utf-8")
 
 
 def read_episodes(path):
-    """One episode per line, in JSON: a list of turns [s, a, r, s', done]."""
-    with explained(f"cannot read episodes from {path}, a list of [s, a, r, s', done] a line"):
-        episodes = [json.loads(x) for x in Path(path).read_text(encoding="utf-8").splitlines()]
-        for s, a, r, s2, done in [turn for episode in episodes for turn in episode]:
-            right = isinstance(s + a + s2, str) and math.isfinite(r) and isinstance(done, bool)
-            require(right, f"wrong types in {[s, a, r, s2, done]}")
+    """One episode per line, in JSON: a list of turns [s, a, r, s', done]. See `checked`."""
+    with explained(f"cannot read {path}"):
+        # Not splitlines: it also splits at U+2028, which JSON allows in a text. The mark in front
+        # that Windows likes is dropped, half surrogate pairs are read: see `text`.
+        lines = Path(path).read_text("utf-8-sig", "surrogatepass").split("\n")
+    episodes = []
+    for number, line in enumerate(lines, 1):
+        with explained(f"{path}, line {number}, is no list of turns [s, a, r, s', done]"):
+            if line.strip():
+                episodes.append([checked(*turn) for turn in json.loads(line)])
     return episodes
 
 
 def check(c):
     """Raises UserError for settings that cannot work."""
+    require(__doc__, "transformers cannot do without docstrings: use python -O in place of -OO")
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
         require(getattr(c, name) in known, f"--{name}: choose from {', '.join(known)}")
@@ -831,40 +907,65 @@ def check(c):
             require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
 
 
-def prepare(c):
+def first_observations(c):
+    """Tries the game, which must be as README says, and answer whatever is said to it."""
+    with explained(f"{c.env} is no game as README describes one"), opened(GAMES[c.env]) as (game,):
+        s, _ = game.reset(seed=0)
+        s2, r, terminated, _, _ = game.step("look")
+        s, _, _, s2, _ = checked(s, "look", r, s2, terminated)
+    return [s, s2]
+
+
+def given_episodes(c):
+    """The episodes to begin with, from a file or the game; lists of turns (s, a, r, s', done)."""
+    demonstrate = getattr(GAMES[c.env], "demonstrations", None)
+    if c.offline:
+        return read_episodes(c.offline)
+    if not (demonstrate and c.demonstrations):
+        return []
+    with explained(f"the demonstrations of {c.env}"):
+        return [[checked(*turn) for turn in e] for e in demonstrate(c.demonstrations, c.seed)]
+
+
+def with_tokens(episodes, actor):
+    """Lists of transitions. Raises UserError for utterances that the actor could never say."""
+    encode = partial(actor.tokenizer.encode, add_special_tokens=False)
+    ids = {a: encode(a + "\n") for e in episodes for _, a, *_ in e}  # "?\n" may be one token
+    decode = partial(actor.tokenizer.decode, skip_special_tokens=True)
+    lost = [a for a in ids if decode(ids[a]).split("\n")[0] != a]
+    unlike = "utterances do not come back from the tokenizer as one line, such as"
+    require(not lost, f"{len(lost)} {unlike} {lost[:1]}")
+    longest = max(map(len, ids.values()), default=0)
+    few = f"this data needs --utterance-tokens {longest} at least"
+    require(longest <= actor.utterance_tokens, few)
+    return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
+
+
+def prepare(c, vocabulary=None):
     """Checks the settings and makes what they name, before any training.
 
-    Returns the settings as they will be used, actor, critic, and the episodes to begin with
-    (demonstrations, or the offline file), lists of transitions.
+    vocabulary: of a resumed run, whose episodes are in its checkpoint. Returns the settings as
+    they will be used, actor, critic, and the episodes to begin with (demonstrations, or the offline
+    file), lists of transitions.
     """
+    # Checkpoints and files of settings hold Python's numbers, not numpy's.
+    c = dataclasses.replace(c, **{k: x.item() for k, x in vars(c).items() if hasattr(x, "item")})
     check(c)
-    torch.manual_seed(c.seed)
-    game = GAMES[c.env]
-    episodes = []
-    if c.offline:
-        episodes = read_episodes(c.offline)
-        # No play, and all of the file in the buffer.
+    transformers.set_seed(c.seed)  # of torch, and of random and numpy, from which a game may draw
+    observations = first_observations(c)
+    episodes = [] if vocabulary else given_episodes(c)
+    if c.offline and not vocabulary:  # no play, and all of the file in the buffer
         c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, episodes))))
-    elif c.demonstrations and hasattr(game, "demonstrations"):
-        episodes = game.demonstrations(c.demonstrations, c.seed)
-    turns = [turn for episode in episodes for turn in episode]
-    # A tiny actor gets its words from demonstrations.
-    require(turns or (c.actor and c.episodes), "no demonstrations: name an --actor, let it play")
-    actor, critic = build(c, [f"{s}{a}\n{s2}" for s, a, _, s2, _ in turns])
-    with explained(f"{c.env} is no game as README describes one"):
-        trial = game()
-        s, _ = trial.reset(seed=0)
-        s2, r, _, _, _ = trial.step("look")  # a game must answer whatever is said
-        require(math.isfinite(r), f"it pays {r}")
-        longest = max(map(len, actor.tokenizer([s, s2]).input_ids))
+    # A tiny actor learns its words from them; a named one can begin with play.
+    known = vocabulary or any(episodes) or (c.actor and c.episodes)
+    require(known, "nothing to begin with: it needs demonstrations, or an --actor that plays")
+    texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
+    actor, critic = build(c, vocabulary or learn_vocabulary(texts))
+    longest = max(map(len, actor.tokenizer(observations).input_ids))
     room = actor.tokenizer.model_max_length
-    require(longest <= room, f"no room for an observation of {longest} tokens, only for {room}")
-    encode = partial(actor.tokenizer.encode, add_special_tokens=False)
-    ids = {a: encode(a + "\n") for _, a, _, _, _ in turns}  # "?\n" may be one token
-    longest = max(map(len, ids.values()), default=0)
-    require(longest <= c.utterance_tokens, f"this data needs --utterance-tokens {longest} at least")
-    demonstrations = [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
-    return c, actor, critic, demonstrations
+    long = f"an observation has {longest} tokens, the actor reads {room}: raise --state-tokens"
+    require(longest <= room, f"{long} or name another --actor")
+    return c, actor, critic, with_tokens(episodes, actor)
 
 
 @torch.no_grad()
@@ -881,43 +982,47 @@ def dialogue(episode, actor, critic):
     return "\n".join([*lines, episode[-1].s2.strip()[-80:]])
 
 
-def write_checkpoint(path, state):
-    """Whole, or not at all: a run that is stopped meanwhile keeps the previous checkpoint."""
-    with explained(f"cannot write {path}"):
-        torch.save(state, f"{path}.part")
-        Path(f"{path}.part").replace(path)
+def write_checkpoint(folder, state):
+    """The state of a run, and its settings for people to read."""
+    with written(folder / "checkpoint.pt") as part:
+        torch.save(state, part)
+    write_json(folder / "config.json", [state["config"]])
 
 
 def run(c, saved=None):
     """A whole run: warm start, Algorithm 1, evaluation. Returns its summary.
 
-    saved: a checkpoint to go on from; without one, it becomes what every checkpoint holds.
+    saved: the content of a checkpoint to go on from; without one, the run is new.
     """
     began = time.time()
-    c, actor, critic, demonstrations = prepare(c)
+    c, actor, critic, demonstrations = prepare(c, saved and saved["vocabulary"])
     game = GAMES[c.env]
-    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # called with a generator
-    folder = Path(c.out or time.strftime(f"runs/{c.env}-seed{c.seed}-%Y%m%d-%H%M%S"))
-    print(f"writing into {folder}/; once training runs, it survives a stop: --resume {folder}")
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # the rng is still to be given
+    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
+    folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now}")
     if not saved:
-        require(not (folder / "checkpoint.pt").exists(), f"{folder} holds a run: --resume it")
-        write_json(folder / "config.json", [dataclasses.asdict(c)])
+        with explained(f"cannot begin in {folder}"):
+            folder.mkdir(parents=True, exist_ok=bool(c.out))
+            kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # a stop can leave those
+            require(not kept, "it is not empty: --resume it, or another --out")
+        print(f"writing into {folder}/; after the warm start a stop is no loss: --resume {folder}")
         warm_start(actor, demonstrations, c)
-        start = mean_return(evaluate(random.Random(f"start {c.seed}")))
-        saved = {"config": dataclasses.asdict(c), "metrics": [], "start": start}
+        saved = {"config": dataclasses.asdict(c), "metrics": []}
+        saved["start"] = mean_return(evaluate(random.Random(f"start {c.seed}")))
+        saved["vocabulary"] = actor.vocabulary
     learner = variant(c)(game, actor, critic, demonstrations, c)
     if "learner" in saved:
         with explained(f"the checkpoint in {folder} belongs to another run"):
             learner.load_state_dict(saved["learner"])
     for i in tqdm(range(learner.iteration, c.iterations), "ArCHer"):
         if i % (c.checkpoint_every or c.iterations) == 0:  # with 0, at the first only
-            write_checkpoint(folder / "checkpoint.pt", saved | {"learner": learner.state_dict()})
+            write_checkpoint(folder, saved | {"learner": learner.state_dict()})
         saved["metrics"].append(learner.iterate())
         write_json(folder / "metrics.jsonl", saved["metrics"])
-    write_checkpoint(folder / "checkpoint.pt", saved | {"learner": learner.state_dict()})
-    with explained(f"cannot write {folder}/actor"):
-        actor.model.save_pretrained(folder / "actor")
-        actor.tokenizer.save_pretrained(folder / "actor")
+    write_checkpoint(folder, saved | {"learner": learner.state_dict()})
+    with written(folder / "actor") as part:
+        actor.model.save_pretrained(part)
+        actor.tokenizer.save_pretrained(part)
     episodes = evaluate(random.Random(f"end {c.seed}"))
     summary = {"game": c.env, "seed": c.seed, "start": saved["start"], "end": mean_return(episodes)}
     summary["greedy"] = mean_return(evaluate(random.Random(f"greedy {c.seed}"), greedy=True))
@@ -937,22 +1042,32 @@ def main(arguments=None):
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     options = parser.parse_args(arguments)
     game, folder = GAMES.get(options.env), options.resume
+    threads = torch.get_num_threads()
+    saved = None
     try:
         if folder:
-            alone = options == parser.parse_args(["--resume", folder])  # the rest is as by default
+            alone = options == parser.parse_args(["--resume", folder])  # the rest has its default
             require(alone, "--resume takes no other option")
             with explained(f"cannot go on from {folder}"):
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
                 c = Config(**(saved["config"] | {"out": folder}))
-            return run(c, saved)
-        preset = getattr(game, options.preset, None) if options.preset else {}
-        require(preset is not None, f"the game {options.env} has no preset {options.preset}")
-        # A game without settings, or none at all, which `check` refuses, changes no default.
-        parser.set_defaults(**getattr(game, "settings", {}) | preset)
-        return run(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
+                require("vocabulary" in saved, "it is of an earlier version of archer.py")
+        else:
+            preset = getattr(game, options.preset, None) if options.preset and game else {}
+            require(preset is not None, f"the game {options.env} has no preset {options.preset}")
+            with explained(f"the settings of {options.env}"):
+                # An unknown game changes nothing here; `check` refuses it.
+                parser.set_defaults(**vars(Config(**(getattr(game, "settings", {}) | preset))))
+            (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        if not (c.actor or c.critic):
+            torch.set_num_threads(1)  # for tiny models more gain little, and lose on busy cores
+        return run(c, saved)
     except (UserError, FloatingPointError) as error:  # one sentence of what can be a paragraph
         parser.exit(2, f"\narcher: {str(error).splitlines()[0].split('. ')[0][:240]}\n")
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console may lack characters
     main()
