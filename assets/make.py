@@ -2,14 +2,15 @@
 
 python assets/make.py results runs/*     results.jsonl, games.png, curve.png; prints README's table
 python assets/make.py pretrained runs/*  pretrained.jsonl, pretrained.png; prints README's table
+python assets/make.py signs              signs.csv; prints README's table; takes ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
 python assets/make.py study              study.csv, its figures and tables; takes hours
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
 
-`study` and `price` add what their files lack. To play everything again, delete the file first.
-`notebook` needs nbclient and ipykernel.
+`signs`, `study` and `price` add what their files lack. To play everything again, delete the file
+first. `notebook` needs nbclient and ipykernel.
 """
 
 import argparse
@@ -221,6 +222,50 @@ def pretrained(folders):
 
 
 # ==================================================================================================
+# signs: what the metrics look like in a healthy run, and in three that learn nothing
+# ==================================================================================================
+
+SIGNS = {
+    "healthy": [],
+    "collapsed actor": ["--actor-lr", "1e-2"],
+    "untrained critic": ["--critic-lr", "1e-6", "--warmup-iterations", "0"],
+    "actor that stands still": ["--actor-lr", "1e-7"],
+}
+
+
+def signs_run(run):
+    """[(kind, seed, iteration, metric, value), ...]."""
+    kind, seed = run
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        options = ["--iterations", "15", "--seed", str(seed), "--out", folder]
+        archer.main([*options, *SIGNS[kind]])
+        metrics = read_lines(Path(folder, "metrics.jsonl"))
+    return [
+        (kind, seed, numbers["iteration"], name, f"{value:.4g}")
+        for numbers in metrics
+        for name, value in numbers.items()
+        if name != "iteration"
+    ]
+
+
+def signs(file=HERE / "signs.csv", iterations=(5, 15)):
+    """A table for each of these iterations; in a cell, the range over three seeds."""
+    runs = [(kind, seed) for seed in range(3) for kind in SIGNS]
+    complete(file, "kind,seed,iteration,metric,value", runs, lambda run: run, signs_run)
+    values = collections.defaultdict(list)
+    with file.open() as lines:
+        for kind, _, iteration, metric, value in itertools.islice(csv.reader(lines), 1, None):
+            values[int(iteration), metric, kind].append(float(value))
+    for iteration in iterations:
+        rows = []
+        for metric in dict.fromkeys(metric for when, metric, _ in values if when == iteration):
+            cells = [values[iteration, metric, kind] for kind in SIGNS]
+            ranges = [f"{min(x):.2g} to {max(x):.2g}" if x else "" for x in cells]
+            rows.append([f"`{metric}`", *ranges])
+        print(markdown([f"iteration {iteration}", *SIGNS], rows) + "\n")
+
+
+# ==================================================================================================
 # notebook
 # ==================================================================================================
 
@@ -261,11 +306,7 @@ def notebook(check=False):
     for cell in book.cells:
         for tag in tags(cell):
             if tag.startswith("figure:"):
-                (image,) = [
-                    o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})
-                ]
-                name = tag.removeprefix("figure:")
-                (HERE / f"{name}.png").write_bytes(base64.b64decode(image))
+                write_figure(tag.removeprefix("figure:"), cell.outputs)
 
 
 @functools.cache
@@ -963,13 +1004,14 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("results").add_argument("folders", nargs="+")
     commands.add_parser("pretrained").add_argument("folders", nargs="+")
+    commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     commands.add_parser("study")
     commands.add_parser("price")
     commands.add_parser("speed")
     options = vars(parser.parse_args())
     functions = {"results": results, "pretrained": pretrained, "notebook": notebook}
-    functions |= {"study": study, "price": price, "speed": speed}
+    functions |= {"signs": signs, "study": study, "price": price, "speed": speed}
     functions[options.pop("command")](**options)
 
 
