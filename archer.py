@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 import envs
 
-GAMES = getattr(envs, "GAMES", {})  # none if a project has an `envs` of its own
+GAMES = getattr(envs, "GAMES", {})  # empty if another module is called envs
 
 
 def setting(default, help):
@@ -66,21 +66,21 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: needs an --actor")
+    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: with an --actor only")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(2e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
-    iterations: int = setting(40, "of play and learning; few: still rising, many: nothing new")
+    iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
     warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
-    episodes: int = setting(128, "played per iteration; few: old data dominate, many: waste")
+    episodes: int = setting(128, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
     state_tokens: int = setting(1024, "per state, the last ones; small: forgetful, large: slow")
-    capacity: int = setting(10_000, "transitions kept; small: on-policy, large: stale")
+    capacity: int = setting(10_000, "transitions kept; small: nearly on-policy, large: old data")
 
     critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
     critic_lr: float = setting(1e-3, "large: Q diverges, small: slow; pretrained: 1e-4")
     gamma: float = setting(0.97, "discount per turn; 0: the next reward only, 1: no hurry")
-    tau: float = setting(0.2, "soft update; 1: no target network, 0: it never moves")
+    tau: float = setting(0.2, "soft update; 1: no target network, 0: a frozen one")
 
     actor_steps: int = setting(4, "per iteration; 0: critic only, many: outruns the critic")
     actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
@@ -91,8 +91,8 @@ class Config:
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
     baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
     ppo_epochs: int = setting(3, "steps on the same utterances; 1: the gradient of Eq. 3")
-    ppo_clip: float = setting(0.2, "of a token's ratio; 0: hardly a second step, huge: none")
-    awr_beta: float = setting(1.0, "0: copies everything logged, large: whatever has A > 0")
+    ppo_clip: float = setting(0.2, "of a token's ratio; 0: one epoch only, huge: no clipping")
+    awr_beta: float = setting(1.0, "0: clones all logged utterances, large: those with A > 0")
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
@@ -106,8 +106,8 @@ class Config:
 
 # One turn. s: all that the agent may know, as text that should end in a newline. a: the utterance,
 # without its newline. ids: its tokens as they were sampled, the end token included unless the
-# utterance was cut. r: the reward. s2: the next state. done: the task ended at s2, whose value is
-# 0. It is False at a time limit that is no part of the task (`truncated`): there the critic
+# utterance was cut. r: the reward. s2: the next state. done: the task ended, so that s2 has the
+# value 0. A time limit that is not part of the task (`truncated`) leaves it False: there the critic
 # bootstraps.
 Transition = collections.namedtuple("Transition", "s a ids r s2 done")
 
@@ -144,7 +144,7 @@ def split(items, size):
 
 
 class Actor(nn.Module):
-    """The policy pi(a|s): a causal language model that says a line.
+    """The policy pi(a|s): a causal language model that generates a line.
 
     An utterance ends with the first token that contains a newline, or with an end-of-text token of
     the model. That token is scored, too.
@@ -155,9 +155,8 @@ class Actor(nn.Module):
     `train()`: with dropout, what is scored would not be what was sampled.
     """
 
-    # `build` sets both.
-    bfloat16 = False  # inside the model; softmax and losses are in float32
-    rows = 512  # states at which it speaks side by side; few: less memory
+    bfloat16 = False  # inside the model; softmax and losses are in float32; set by `build`
+    rows = 512  # the batch size of generation; set by `build`
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
         """tokenizer: needs `truncation_side="left"`, and a `model_max_length` that leaves the model
@@ -165,7 +164,7 @@ class Actor(nn.Module):
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
-        # The tokens of a state; one that is too long loses its start. Cached: not to be changed.
+        # The last tokens of a state. Cached: do not change the list.
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
         # The tokens that end an utterance, and transformers' name for the cache.
@@ -183,7 +182,7 @@ class Actor(nn.Module):
         return out.logits[:, -keep:].float(), out[self.cache_name]  # some models keep all logits
 
     def act(self, states, greedy=False):
-        """Says one utterance at each state. Returns texts and token ids (see Transition)."""
+        """Samples an utterance at each state. Returns texts and token ids (see Transition)."""
         token_ids = [ids for part in split(states, self.rows) for ids in self.speak(part, greedy)]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [text.split("\n")[0] for text in texts], token_ids
@@ -236,8 +235,8 @@ class Actor(nn.Module):
 
 
 def value_head(inputs, h):
-    """inputs-h-h-1 with ReLU. The orthogonal weights are ours: with PyTorch's own, Q needs more
-    steps to tell utterances apart."""
+    """An MLP, inputs-h-h-1, with ReLU. The orthogonal initialisation is ours: with PyTorch's own, Q
+    needs more steps to tell utterances apart."""
     layers = [nn.Linear(inputs, h), nn.ReLU(), nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 1)]
     for layer in layers[::2]:  # the linear ones
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -300,17 +299,17 @@ def q_loss(q, r, done, next_v, gamma):
     """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
     q, next_v: [2, B]; each Q has its own V. r, done: [B]; done is 0 or 1. next_v comes from the
-    target network. Returns a mean over B, summed over both.
+    target network. Returns a mean over B, summed over the two heads.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
 
 
 def v_loss(v, fresh_q):
-    """V learns the Q of an utterance that the present actor says, not of the logged one (Eq. 2).
+    """V learns the Q of an utterance sampled from the present actor, not of the logged one (Eq. 2).
 
     v, fresh_q: [2, B]; each V has its own Q. fresh_q comes from the target network. Returns a mean
-    over B, summed over both.
+    over B, summed over the two heads.
     """
     return (v - fresh_q.detach()).pow(2).mean(1).sum()
 
@@ -323,7 +322,8 @@ def advantage(q, v):
 def actor_loss(log_p, spoken, A):
     """The policy gradient: -A times the SUM of an utterance's log-probabilities (Eq. 3).
 
-    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; finite at padding, too. A: [B].
+    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; log_p must be
+    finite at padding, too. A: [B].
     """
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
@@ -331,8 +331,8 @@ def actor_loss(log_p, spoken, A):
 def descend(loss_of, examples, optimizer, c):
     """One clipped step on a loss that is a mean over examples. Returns the loss, detached.
 
-    examples: a list of tuples. loss_of: called with their columns, a tuple for each field; returns
-    a loss, or a vector of losses whose sum is descended. c.clip: the largest gradient norm.
+    examples: a list of tuples. loss_of: takes a tuple for each of their fields; returns a loss, or
+    a vector of losses whose sum is minimised. c.clip: the largest gradient norm.
     c.micro_batch: examples per backward pass; the gradients add up to the same step, in less
     memory. optimizer: of one network, in one group. Raises FloatingPointError before a gradient
     that is not finite is used.
@@ -343,7 +343,7 @@ def descend(loss_of, examples, optimizer, c):
         loss = loss_of(*zip(*chunk, strict=True)) * len(chunk) / len(examples)
         loss.sum().backward()
         total = total + loss.detach()
-    # The norm is of this optimizer's network alone: actor and critic are clipped apart.
+    # The norm is of this optimizer's network alone: actor and critic are clipped separately.
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.clip)
     if not norm.isfinite():
         raise FloatingPointError("a gradient is not finite: look at rewards and learning rates")
@@ -366,8 +366,9 @@ def rollout(game, actor, episodes, rng, greedy=False):
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # over a copy
                 s2, r, terminated, truncated, _ = games[i].step(a)
-                s, a, r, states[i], done = checked(states[i], a, r, s2, terminated)
-                played[i].append(Transition(s, a, ids, r, states[i], done))
+                s, a, r, s2, done = checked(states[i], a, r, s2, terminated)
+                played[i].append(Transition(s, a, ids, r, s2, done))
+                states[i] = s2
                 if terminated or truncated:
                     del states[i]
     return played
@@ -405,12 +406,12 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # The buffer's generator also seeds the games: one generator less. (Alg. 1, lines 4-7)
+        # The buffer's generator also seeds the games. (Alg. 1, lines 4-7)
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
-        # The actor rests while the critic learns: all utterances for Eq. 2 can be drawn at once.
-        # In order of length they need less padding; then the examples are shuffled again.
+        # The actor does not change while the critic learns, so all utterances for Eq. 2 are drawn
+        # at once: in order of length, which saves padding. Then the examples are shuffled again.
         transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         self.buffer.rng.shuffle(examples)
@@ -420,8 +421,8 @@ class ArCHer:
             critic_updates.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
             soft_update(self.target, self.critic, c.tau)  # (Alg. 1, lines 12-15)
 
-        steps = c.actor_steps if self.iteration >= c.warmup_iterations else 0
         # (Alg. 1, lines 20-23; lines 16-19 are in WithBaseline)
+        steps = c.actor_steps if self.iteration >= c.warmup_iterations else 0
         actor_updates = [self.actor_step() for _ in range(steps)]
         self.iteration += 1
         return metrics(self, critic_updates, actor_updates)
@@ -450,16 +451,15 @@ class ArCHer:
         """Tuples (s, token ids, A): states from the buffer, utterances from the present actor.
 
         Easy to overlook: the logged utterances play no part in the policy gradient. A, a scalar
-        tensor, is neither centred nor scaled, as in the paper: where all of a batch are negative,
-        all its utterances become less likely.
+        tensor, is neither centred nor scaled, as in the paper: if all of a batch are negative, all
+        its utterances become less likely.
         """
         s = [t.s for t in self.buffer.sample(self.c.batch)]
         a, token_ids = self.actor.act(s)
         return list(zip(s, token_ids, advantage(*self.critic(s, a)), strict=True))
 
     def loss_of_actor(self, s, token_ids, A):
-        log_p, spoken = self.actor.log_probs(s, token_ids)
-        return actor_loss(log_p, spoken, torch.stack(A))
+        return actor_loss(*self.actor.log_probs(s, token_ids), torch.stack(A))
 
     def state_dict(self):
         """Tensors and plain values: `torch.load(..., weights_only=True)` reads them."""
@@ -486,7 +486,7 @@ class ArCHer:
 
 
 def baseline_loss(v, spoken, A):
-    """The token baseline V~: its value before each token learns the utterance's advantage (Eq. 4).
+    """The token baseline V~ learns the utterance's advantage from the tokens so far (Eq. 4).
 
     v, spoken: [B, L]. A: [B].
     """
@@ -499,7 +499,7 @@ def actor_loss_with_baseline(log_p, spoken, A, v):
 
 
 def expectile_loss(v, q, expectile):
-    """V learns an expectile of Q over logged utterances; near 1, the Q of the best (Eq. 6).
+    """V learns an expectile of Q over logged utterances; near 1, that of the best (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
     The paper, in the transcription that we have, has V - Q, which would give a low expectile.
@@ -520,7 +520,8 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
 def ppo_loss(log_p, old_log_p, spoken, A, clip):
     """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
 
-    log_p, old_log_p, spoken: [B, L]. A: [B, 1], of utterances (not [B]), or [B, L], of tokens.
+    log_p, old_log_p, spoken: [B, L]. A: [B, 1], one per utterance (not [B]), or [B, L], one per
+    token.
     """
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -528,21 +529,20 @@ def ppo_loss(log_p, old_log_p, spoken, A, clip):
 
 
 class TokenBaseline(nn.Module):
-    """V~(s, a^{1:i-1}): a value head on a language model of its own, at first the actor's copy."""
+    """V~(s, a^{1:i-1}): a copy of the actor with a value in place of its logits."""
 
     def __init__(self, actor):
         super().__init__()
-        self.join = actor.join  # a method: the actor does not become a part of this module
-        self.model = copy.deepcopy(actor.model.base_model)
-        h = self.model.config.get_text_config().hidden_size
-        self.head = nn.Linear(h, 1, device=self.model.device)
+        self.actor = copy.deepcopy(actor)
+        self.actor.bfloat16 = False  # too coarse for values
+        h = actor.model.config.get_text_config().hidden_size
+        self.actor.model.set_output_embeddings(nn.Linear(h, 1, device=actor.model.device))
 
     def forward(self, states, token_ids):
         """The value before each token of the utterances, and `spoken`: [B, L] each."""
-        ids, mask, spoken = self.join(states, token_ids)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        hidden = self.model(ids, attention_mask=mask, position_ids=positions).last_hidden_state
-        return self.head(hidden[:, -spoken.shape[1] - 1 : -1].float()).squeeze(2), spoken
+        ids, mask, spoken = self.actor.join(states, token_ids)
+        v, _ = self.actor(ids, mask, keep=spoken.shape[1] + 1)
+        return v[:, :-1].squeeze(2), spoken
 
 
 class WithBaseline(ArCHer):
@@ -574,7 +574,7 @@ class WithPPO(ArCHer):
 
     def actor_step(self):
         examples = self.actor_examples()
-        # Its log-probabilities are computed when needed, since each micro-batch pads differently.
+        # Old log-probabilities are computed in each step, since micro-batches pad differently.
         self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for _ in range(self.c.ppo_epochs):
             loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
@@ -596,8 +596,7 @@ class WithAWR(ArCHer):
         return list(zip(s, token_ids, advantage(*self.critic(s, a)), strict=True))
 
     def loss_of_actor(self, s, token_ids, A):
-        log_p, spoken = self.actor.log_probs(s, token_ids)
-        return awr_loss(log_p, spoken, torch.stack(A), self.c.awr_beta)
+        return awr_loss(*self.actor.log_probs(s, token_ids), torch.stack(A), self.c.awr_beta)
 
 
 class WithIQL(ArCHer):
@@ -614,7 +613,7 @@ ACTOR_LOSSES = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "
 
 
 def variant(c):
-    """The class that the settings name. With iql, the two methods of WithIQL come first."""
+    """The class that the settings name. With iql, WithIQL overrides two of its methods."""
     learner = ACTOR_LOSSES[c.actor_loss]
     return type("Mixed", (WithIQL, learner), {}) if c.critic_loss == "iql" else learner
 
@@ -655,8 +654,8 @@ def opened(game, n=1):
 
 
 def text(x):
-    """x, with half surrogate pairs as "?", for tokenizers. Raises UserError if it is no `str`."""
-    require(isinstance(x, str), f"{x!r} is no text")
+    """x, with lone surrogates as "?", for tokenizers. Raises UserError if it is not a `str`."""
+    require(isinstance(x, str), f"{x!r} is not a text")
     return x.encode(errors="replace").decode()
 
 
@@ -673,7 +672,7 @@ def checked(s, a, r, s2, done):
 
 
 def learn_vocabulary(texts):
-    """Byte-level BPE of a game's texts, as JSON: frequent words are one token, any text encodes."""
+    """Byte-level BPE of a game's texts, as JSON: frequent words are one token."""
     words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n| ?\S+|\s"), "isolated")
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -694,24 +693,23 @@ def tiny_models(tokens):
 
     Found by trial: ReLU and wide initial weights let such models learn from few examples.
     """
-    size = {"vocab_size": tokens, "initializer_range": 0.2}
-    gpt2 = {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 256, "eos_token_id": 0}
-    gpt2 |= {"activation_function": "relu", "bos_token_id": 0}
-    roberta = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
-    roberta |= {"intermediate_size": 256, "hidden_act": "relu", "pad_token_id": 0}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, **gpt2))
-    return model, transformers.RobertaModel(transformers.RobertaConfig(**size, **roberta))
+    both = {"vocab_size": tokens, "hidden_size": 64, "num_attention_heads": 4}
+    both |= {"initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    gpt2 = {"num_hidden_layers": 2, "max_position_embeddings": 256, "activation_function": "relu"}
+    roberta = {"num_hidden_layers": 1, "intermediate_size": 256, "hidden_act": "relu"}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**both, **gpt2))
+    return model, transformers.RobertaModel(transformers.RobertaConfig(**both, **roberta))
 
 
 def conventions(model, tokenizer):
     """The tokens that end an utterance, and the name of `forward`'s argument for a cache.
 
-    Also makes `generate` end an utterance there and sample as `Actor` does, if the model is saved.
+    Also sets the generation config: a saved model samples, and ends an utterance, as `Actor` does.
     """
     # A model may have more tokens than its tokenizer; those have no text.
     vocabulary = model.config.get_text_config().vocab_size
     texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
-    # Some tokenizers know no newline, others put a special token behind every text.
+    # Some tokenizers know no newline, others append a special token to every text.
     (last,) = tokenizer.batch_decode([tokenizer.encode("\n")[-1:]])
     require("\n" in last, "its tokenizer drops a final newline, or puts a token behind it")
     eos = model.generation_config.eos_token_id  # a number, a list or None
@@ -723,25 +721,26 @@ def conventions(model, tokenizer):
     return nn.Buffer(torch.tensor(ends), persistent=False), "cache" if new else "past_key_values"
 
 
-def cut(tokenizer, model, c):
-    """Lets the tokenizer cut texts to what the settings allow and the model can read."""
+def load(name, model_class, model, tokenizer, c):
+    """The model called `name`, in float32, and its tokenizer; without a name, the given pair.
+
+    The tokenizer will truncate texts to what the settings allow and the model can read.
+    """
+    if name:
+        model = model_class.from_pretrained(name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     # An utterance must fit behind a state, and RoBERTa's positions begin at 2.
-    tokenizer.model_max_length = min(c.state_tokens, context - c.utterance_tokens - 2)
-    room = "no room for a state: change --state-tokens or --utterance-tokens"
-    require(tokenizer.model_max_length > 1, room)
-
-
-def load(name, model_class):
-    """A pretrained model in float32 and its tokenizer, from the hub or a folder."""
-    model = model_class.from_pretrained(name, dtype=torch.float32)
-    return model, transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+    room = min(c.state_tokens, context - c.utterance_tokens - 2)
+    require(room > 1, "no room for a state: change --state-tokens or --utterance-tokens")
+    tokenizer.model_max_length = room
+    return model, tokenizer
 
 
 def speaks_alone_as_in_company(actor):
     """Whether padding, a cache and its reordering leave the next token's logits as they are.
 
-    Two short texts, one cached step, to 1e-3.
+    Compares two short texts, with one cached step, to 1e-3.
     """
     short, long = actor.tokens_of("Hello.\n"), actor.tokens_of("Somewhat longer.\n")
     alone, _ = actor(*pad([short], 0, actor.model.device, "left"), keep=1)
@@ -754,29 +753,22 @@ def speaks_alone_as_in_company(actor):
 
 def build(c, vocabulary):
     """Actor and critic on their device. vocabulary: for the tokenizer of tiny models."""
-    # Tiny ones, which are replaced below if the settings name others.
-    tokenizer = critic_tokenizer = tiny_tokenizer(vocabulary)
+    tokenizer = tiny_tokenizer(vocabulary)
     model, encoder = tiny_models(len(tokenizer))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explained(f"cannot use --actor {c.actor!r} on {device!r}"):
-        if c.actor:
-            model, tokenizer = load(c.actor, transformers.AutoModelForCausalLM)
-        cut(tokenizer, model, c)
+        model, tokenizer = load(c.actor, transformers.AutoModelForCausalLM, model, tokenizer, c)
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
         actor.rows = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
-        actor.act(["", "Hello.\n"])  # a trial: better here than hours later
+        actor.act(["", "Hello.\n"])  # a trial: it fails now rather than hours later
         require(speaks_alone_as_in_company(actor), "what it says depends on the rest of a batch")
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
-        if c.critic:
-            encoder, critic_tokenizer = load(c.critic, transformers.AutoModel)
-        if critic_tokenizer is not tokenizer:  # which is cut already
-            cut(critic_tokenizer, encoder, c)
-        critic = DoubleCritic(encoder, critic_tokenizer).to(device)
-        alone, pair = critic.embed(["A"]), critic.embed(["A", "Somewhat longer.\n"])
-        same = torch.allclose(alone[0], pair[0], rtol=1e-3, atol=1e-3)
-        require(same, "it mixes the texts of a batch")
+        tiny = tiny_tokenizer(vocabulary)  # its own: the two models need not read equally far
+        critic = DoubleCritic(*load(c.critic, transformers.AutoModel, encoder, tiny, c)).to(device)
+        alone, beside = critic.embed(["A"])[0], critic.embed(["A", "Somewhat longer.\n"])[0]
+        require(torch.allclose(alone, beside, rtol=1e-3, atol=1e-3), "it mixes texts of a batch")
     actor.vocabulary = vocabulary  # for checkpoints: a resumed run has no texts to learn it from
-    # Tiny models gain nothing from it.
+    # Tiny models would gain nothing from bfloat16.
     actor.bfloat16 = critic.bfloat16 = bool(c.actor and c.critic) and device.startswith("cuda")
     return actor, critic
 
@@ -789,7 +781,7 @@ def warm_start(actor, demonstrations, c):
 
     def imitation_loss(s, token_ids):
         log_p, spoken = actor.log_probs(s, token_ids)
-        return actor_loss(log_p, spoken, torch.ones_like(log_p[:, 0]))  # maximum likelihood
+        return actor_loss(log_p, spoken, torch.ones_like(log_p[:, 0]))  # A = 1: maximum likelihood
 
     for step in tqdm(range(c.warm_start_steps if examples else 0), "warm start"):
         optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
@@ -808,11 +800,14 @@ def mean_return(episodes, gamma=1.0):
 
 @torch.no_grad()
 def metrics(learner, critic_updates, actor_updates):
-    """The numbers of an iteration, a dict.
+    """The numbers of an iteration, a dict; README says how to read them.
 
-    Losses: means over the steps. advantage_std: the spread of A. Of the episodes played, means:
-    return, discounted_return, turns, and value, which is min V of their first states. Where few
-    episodes are truncated, value should come near discounted_return.
+    Losses are means over the steps. advantage_std: the spread of A. The rest is about the episodes
+    played. value: min V of their first states, on average; near discounted_return where few
+    episodes are truncated. entropy, token_entropy: the mean of -log p of an utterance, and of a
+    token, in a batch of them. The actor scores them after its steps, so that this is a
+    cross-entropy, and jumps if the policy does. distinct: different utterances over all utterances.
+    cut: the share without an end token. tokens: per utterance.
     """
     q, v = torch.stack(critic_updates).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
@@ -820,30 +815,20 @@ def metrics(learner, critic_updates, actor_updates):
         A = torch.stack([A for examples, _ in actor_updates for _, _, A in examples])
         numbers["actor_loss"] = sum(loss.item() for _, loss in actor_updates) / len(actor_updates)
         numbers["advantage_std"] = A.std(correction=0).item()
-    if learner.played:
-        first = learner.critic.embed([episode[0].s for episode in learner.played])
-        numbers["value"] = learner.critic.v(first).min(0).values.mean().item()
-        numbers["discounted_return"] = mean_return(learner.played, learner.c.gamma)
-        numbers["return"] = mean_return(learner.played)
-        numbers["turns"] = sum(map(len, learner.played)) / len(learner.played)
-        numbers |= health(learner)
-    return numbers
-
-
-def health(learner):
-    """What the actor said in the episodes played; how to read it stands in README.
-
-    entropy, token_entropy: means of -log p of an utterance and of a token, over a batch of them,
-    after the actor's steps; a little more than the entropy of the policy that spoke. distinct:
-    different utterances over all utterances. cut: the share without an end. tokens: per utterance.
-    """
+    if not learner.played:
+        return numbers
+    V = learner.critic.v(learner.critic.embed([episode[0].s for episode in learner.played]))
     turns = [t for episode in learner.played for t in episode]
     n = learner.c.micro_batch or learner.c.batch
     some = random.Random(0).sample(turns, min(n, len(turns)))
     log_p, spoken = learner.actor.log_probs([t.s for t in some], [t.ids for t in some])
     total = -(log_p * spoken).sum().item()
     ends = set(learner.actor.ends.tolist())
-    return {
+    return numbers | {
+        "value": V.min(0).values.mean().item(),
+        "discounted_return": mean_return(learner.played, learner.c.gamma),
+        "return": mean_return(learner.played),
+        "turns": len(turns) / len(learner.played),
         "entropy": total / len(some),
         "token_entropy": total / spoken.sum().item(),
         "distinct": len({t.a for t in turns}) / len(turns),
@@ -854,7 +839,7 @@ def health(learner):
 
 @contextlib.contextmanager
 def written(path):
-    """Where to write a file or a folder, which becomes `path` once it is whole.
+    """Yields a path to write a file or a folder to, which is moved to `path` once it is whole.
 
     If the run is stopped meanwhile, or the disk is full, what was at `path` is kept.
     """
@@ -879,12 +864,12 @@ def write_json(path, values):
 def read_episodes(path):
     """One episode per line, in JSON: a list of turns [s, a, r, s', done]. See `checked`."""
     with explained(f"cannot read {path}"):
-        # Not splitlines: it also splits at U+2028, which JSON allows in a text. The mark in front
-        # that Windows likes is dropped, half surrogate pairs are read: see `text`.
+        # Not splitlines, which also splits at U+2028. "utf-8-sig" drops a byte-order mark,
+        # "surrogatepass" admits lone surrogates, which `text` replaces.
         lines = Path(path).read_text("utf-8-sig", "surrogatepass").split("\n")
     episodes = []
     for number, line in enumerate(lines, 1):
-        with explained(f"{path}, line {number}, is no list of turns [s, a, r, s', done]"):
+        with explained(f"{path}, line {number}, is not a list of turns [s, a, r, s', done]"):
             if line.strip():
                 episodes.append([checked(*turn) for turn in json.loads(line)])
     return episodes
@@ -892,28 +877,25 @@ def read_episodes(path):
 
 def check(c):
     """Raises UserError for settings that cannot work."""
-    require(__doc__, "transformers cannot do without docstrings: use python -O in place of -OO")
+    require(__doc__, "transformers needs docstrings: use python -O in place of -OO")
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
         require(getattr(c, name) in known, f"--{name}: choose from {', '.join(known)}")
-    rates = ("actor_lr", "critic_lr", "warm_start_lr")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
-    least |= dict.fromkeys(("state_tokens", "utterance_tokens", "evaluation_episodes"), 1)
-    least |= dict.fromkeys((*rates, "clip"), 1e-9)
-    most = dict.fromkeys((*rates, "gamma", "tau", "expectile"), 1)
+    least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
+    most = dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "gamma", "tau", "expectile"), 1)
     for name, value in vars(c).items():
         if not isinstance(value, str):
             low, high = least.get(name, 0), most.get(name, 1e9)
             require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
 
 
-def first_observations(c):
-    """Tries the game, which must be as README says, and answer whatever is said to it."""
-    with explained(f"{c.env} is no game as README describes one"), opened(GAMES[c.env]) as (game,):
+def first_turn(c):
+    """One turn, to try the game before any work is lost."""
+    with explained(f"{c.env} is not as README describes a game"), opened(GAMES[c.env]) as (game,):
         s, _ = game.reset(seed=0)
         s2, r, terminated, _, _ = game.step("look")
-        s, _, _, s2, _ = checked(s, "look", r, s2, terminated)
-    return [s, s2]
+        return checked(s, "look", r, s2, terminated)
 
 
 def given_episodes(c):
@@ -928,64 +910,62 @@ def given_episodes(c):
 
 
 def with_tokens(episodes, actor):
-    """Lists of transitions. Raises UserError for utterances that the actor could never say."""
+    """Lists of transitions. Raises UserError for utterances that the actor cannot say."""
     encode = partial(actor.tokenizer.encode, add_special_tokens=False)
-    ids = {a: encode(a + "\n") for e in episodes for _, a, *_ in e}  # "?\n" may be one token
+    # With the newline, since "?\n" may be one token.
+    ids = {a: encode(a + "\n") for e in episodes for _, a, *_ in e}
     decode = partial(actor.tokenizer.decode, skip_special_tokens=True)
-    lost = [a for a in ids if decode(ids[a]).split("\n")[0] != a]
-    unlike = "utterances do not come back from the tokenizer as one line, such as"
-    require(not lost, f"{len(lost)} {unlike} {lost[:1]}")
+    most = actor.utterance_tokens
+    lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
-    few = f"this data needs --utterance-tokens {longest} at least"
-    require(longest <= actor.utterance_tokens, few)
+    why = f"are not one line of {most} tokens (longest: {longest}; --utterance-tokens), such as"
+    require(not lost, f"{len(lost)} utterances {why} {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 
 def prepare(c, vocabulary=None):
     """Checks the settings and makes what they name, before any training.
 
-    vocabulary: of a resumed run, whose episodes are in its checkpoint. Returns the settings as
-    they will be used, actor, critic, and the episodes to begin with (demonstrations, or the offline
-    file), lists of transitions.
+    vocabulary: only for a run that is resumed; its episodes are in the checkpoint. Returns the
+    settings as they will be used, actor, critic, and the episodes to begin with (demonstrations, or
+    the offline file; none if it is resumed), lists of transitions.
     """
     # Checkpoints and files of settings hold Python's numbers, not numpy's.
     c = dataclasses.replace(c, **{k: x.item() for k, x in vars(c).items() if hasattr(x, "item")})
     check(c)
     transformers.set_seed(c.seed)  # of torch, and of random and numpy, from which a game may draw
-    observations = first_observations(c)
+    first, _, _, second, _ = first_turn(c)
     episodes = [] if vocabulary else given_episodes(c)
     if c.offline and not vocabulary:  # no play, and all of the file in the buffer
-        c = dataclasses.replace(c, episodes=0, capacity=max(1, sum(map(len, episodes))))
-    # A tiny actor learns its words from them; a named one can begin with play.
+        c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, episodes)))
+    # A tiny actor gets its vocabulary from the episodes; a named one can begin with play.
     known = vocabulary or any(episodes) or (c.actor and c.episodes)
     require(known, "nothing to begin with: it needs demonstrations, or an --actor that plays")
     texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
     actor, critic = build(c, vocabulary or learn_vocabulary(texts))
-    longest = max(map(len, actor.tokenizer(observations).input_ids))
+    longest = max(map(len, actor.tokenizer([first, second]).input_ids))
     room = actor.tokenizer.model_max_length
-    long = f"an observation has {longest} tokens, the actor reads {room}: raise --state-tokens"
-    require(longest <= room, f"{long} or name another --actor")
+    long = f"an observation has {longest} tokens, but --state-tokens or the model allow {room}"
+    require(longest <= room, long)
     return c, actor, critic, with_tokens(episodes, actor)
 
 
 @torch.no_grad()
 def dialogue(episode, actor, critic):
     """An episode as text: per turn the state's end, the utterance, r, Q, V, A, log-probability."""
-    s, a, token_ids, *_ = zip(*episode, strict=True)
-    q, v = critic(s, a)
-    log_p, spoken = actor.log_probs(s, token_ids)
-    columns = [q.min(0).values, v.min(0).values, advantage(q, v), (log_p * spoken).sum(1)]
     lines = []
-    for t, (Q, V, A, log) in zip(episode, torch.stack(columns, 1).tolist(), strict=True):
-        numbers = f"r {t.r:4.1f}   Q {Q:6.2f}   V {V:6.2f}   A {A:6.2f}   log p {log:6.2f}"
-        lines += [t.s.strip()[-80:], f"> {t.a:<24} {numbers}"]
+    for t in episode:
+        q, v = critic([t.s], [t.a])
+        log_p, _ = actor.log_probs([t.s], [t.ids])
+        numbers = f"r {t.r:4.1f}   Q {q.min():6.2f}   V {v.min():6.2f}   A {q.min() - v.min():6.2f}"
+        lines += [t.s.strip()[-80:], f"> {t.a:<24} {numbers}   log p {log_p.sum():6.2f}"]
     return "\n".join([*lines, episode[-1].s2.strip()[-80:]])
 
 
-def write_checkpoint(folder, state):
+def write_checkpoint(folder, state, learner):
     """The state of a run, and its settings for people to read."""
     with written(folder / "checkpoint.pt") as part:
-        torch.save(state, part)
+        torch.save(state | {"learner": learner.state_dict()}, part)
     write_json(folder / "config.json", [state["config"]])
 
 
@@ -997,29 +977,28 @@ def run(c, saved=None):
     began = time.time()
     c, actor, critic, demonstrations = prepare(c, saved and saved["vocabulary"])
     game = GAMES[c.env]
-    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # the rng is still to be given
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # of a generator
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
     folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now}")
     if not saved:
         with explained(f"cannot begin in {folder}"):
             folder.mkdir(parents=True, exist_ok=bool(c.out))
-            kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # a stop can leave those
+            kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # left by a stop
             require(not kept, "it is not empty: --resume it, or another --out")
-        print(f"writing into {folder}/; after the warm start a stop is no loss: --resume {folder}")
+        print(f"writing into {folder}/; to go on after a stop: --resume {folder}")
         warm_start(actor, demonstrations, c)
-        saved = {"config": dataclasses.asdict(c), "metrics": []}
+        saved = {"config": dataclasses.asdict(c), "metrics": [], "vocabulary": actor.vocabulary}
         saved["start"] = mean_return(evaluate(random.Random(f"start {c.seed}")))
-        saved["vocabulary"] = actor.vocabulary
     learner = variant(c)(game, actor, critic, demonstrations, c)
     if "learner" in saved:
         with explained(f"the checkpoint in {folder} belongs to another run"):
             learner.load_state_dict(saved["learner"])
     for i in tqdm(range(learner.iteration, c.iterations), "ArCHer"):
-        if i % (c.checkpoint_every or c.iterations) == 0:  # with 0, at the first only
-            write_checkpoint(folder, saved | {"learner": learner.state_dict()})
+        if i % (c.checkpoint_every or c.iterations) == 0:  # with 0: only here and at the end
+            write_checkpoint(folder, saved, learner)
         saved["metrics"].append(learner.iterate())
         write_json(folder / "metrics.jsonl", saved["metrics"])
-    write_checkpoint(folder, saved | {"learner": learner.state_dict()})
+    write_checkpoint(folder, saved, learner)
     with written(folder / "actor") as part:
         actor.model.save_pretrained(part)
         actor.tokenizer.save_pretrained(part)
@@ -1041,12 +1020,13 @@ def main(arguments=None):
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see README")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     options = parser.parse_args(arguments)
-    game, folder = GAMES.get(options.env), options.resume
+    game = GAMES.get(options.env)
+    folder = options.resume
     threads = torch.get_num_threads()
     saved = None
     try:
         if folder:
-            alone = options == parser.parse_args(["--resume", folder])  # the rest has its default
+            alone = options == parser.parse_args(["--resume", folder])  # nothing else was given
             require(alone, "--resume takes no other option")
             with explained(f"cannot go on from {folder}"):
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
@@ -1056,13 +1036,13 @@ def main(arguments=None):
             preset = getattr(game, options.preset, None) if options.preset and game else {}
             require(preset is not None, f"the game {options.env} has no preset {options.preset}")
             with explained(f"the settings of {options.env}"):
-                # An unknown game changes nothing here; `check` refuses it.
+                # An unknown game is refused by `check`.
                 parser.set_defaults(**vars(Config(**(getattr(game, "settings", {}) | preset))))
             (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         if not (c.actor or c.critic):
-            torch.set_num_threads(1)  # for tiny models more gain little, and lose on busy cores
+            torch.set_num_threads(1)  # more help tiny models little, and hurt on a busy machine
         return run(c, saved)
-    except (UserError, FloatingPointError) as error:  # one sentence of what can be a paragraph
+    except (UserError, FloatingPointError) as error:  # its first sentence
         parser.exit(2, f"\narcher: {str(error).splitlines()[0].split('. ')[0][:240]}\n")
     finally:
         torch.set_num_threads(threads)

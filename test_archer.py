@@ -1203,7 +1203,7 @@ ZOO = {
     "test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only": [
         # The baseline sees the token whose value it gives. The actor learns little: the baseline
         # explains the advantage away.
-        ("hidden[:, -spoken.shape[1] - 1 : -1]", "hidden[:, -spoken.shape[1] :]"),
+        ("return v[:, :-1].squeeze(2)", "return v[:, 1:].squeeze(2)"),
     ],
     "test_exact_eq5_as_written": [
         # The baseline is added. Slower and noisier than without a baseline.
@@ -1409,7 +1409,8 @@ def test_only_spoken_tokens_are_trained(models, monkeypatch):
 def test_dropout_is_off(models):
     actor, critic = models
     assert actor.model.config.attn_pdrop > 0 and critic.encoder.config.hidden_dropout_prob > 0
-    for network in (actor.model, critic.encoder, archer.TokenBaseline(actor).model):
+    baseline = archer.TokenBaseline(actor).actor
+    for network in (actor.model, critic.encoder, baseline.model.base_model):
         assert not any(module.training for module in network.modules())
 
 
@@ -1563,7 +1564,7 @@ def test_bfloat16_stays_inside_the_models(models, monkeypatch):
     said = [ids_of(actor, a) for a in UTTERANCES[:2]]
     exact = [actor.log_probs(STATES[:2], said)[0], *critic(STATES[:2], UTTERANCES[:2])]
     actor.bfloat16 = critic.bfloat16 = True
-    assert learner_of(models).target.bfloat16
+    assert learner_of(models).target.bfloat16 and not archer.TokenBaseline(actor).actor.bfloat16
     log_p, spoken = actor.log_probs(STATES[:2], said)
     q, v = critic(STATES[:2], UTTERANCES[:2])
     for rough, sharp in zip((log_p, q, v), exact, strict=True):
@@ -1752,7 +1753,7 @@ def test_each_kind_of_tokenizer_ends_cuts_keeps_and_scores_utterances(kind, monk
     size = SIZE | {"vocab_size": len(tokenizer) + 50, "eos_token_id": [0, unknown]}
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
-    archer.cut(tokenizer, model, Config(state_tokens=40))
+    archer.load("", None, model, tokenizer, Config(state_tokens=40))
     actor = Actor(model, tokenizer, utterance_tokens=8)
     demonstrated = ids_of(actor, "is it red?")
     words = tokenizer.encode("is it red?", add_special_tokens=False)
@@ -2232,14 +2233,13 @@ def test_a_run_writes_what_it_promises(stock):
     assert [line["iteration"] for line in metrics] == [1, 2, 3, 4]
     assert set(metrics[0]) == critic_only
     assert set(metrics[1]) == critic_only | {"actor_loss", "advantage_std"}
-    assert set(summary) == {"game", "seed", "start", "end", "greedy", "optimum", "episodes"}
-    assert (summary["game"], summary["seed"], summary["episodes"]) == ("detective", 0, 16)
+    expected = {"game": "detective", "seed": 0, "optimum": 0.0, "episodes": 16}
+    assert summary == expected | {name: summary[name] for name in ("start", "end", "greedy")}
     assert (iteration, len(buffer)) == (4, 50)
     (config,) = lines_of(stock / "run", "config.json")
     assert set(config) == {field.name for field in dataclasses.fields(Config)}
-    printed = (stock / "printed").read_text()
-    assert re.search(r"\n> .* r .* Q .* V .* A .* log p .*\n", printed)
-    assert re.search(rf"\nend +{summary['end']}\n", printed)
+    text = (stock / "printed").read_text()
+    assert re.search(rf"\n> .* r .* Q .* V .* A .* log p .*\n(.*\n)+end +{summary['end']}\n", text)
 
 
 def test_the_same_seed_gives_the_same_run_bit_for_bit(stock, quick):
@@ -2465,9 +2465,9 @@ def test_checkpoints_are_written_when_they_are_due(every, due, quick, monkeypatc
         return {}
 
     monkeypatch.setattr(ArCHer, "iterate", iterate)
-    calls = spied(monkeypatch, archer, "write_checkpoint")
+    calls = spied(monkeypatch, torch, "save")
     start("run", "--checkpoint-every", str(every))
-    assert [state["learner"]["iteration"] for (_, state), *_ in calls] == due
+    assert [state["learner"]["iteration"] for (state, _), *_ in calls] == due
 
 
 # tqdm's own lock is shared with forked children: one that is killed with it would block us.
@@ -2610,7 +2610,7 @@ FILES = {
     "nan_reward": '[["go", "go", NaN, "go", true]]',
     "false_done": '[]\n\n[["go", "go", 0.0, "go", "False"]]',
     "null_state": '[]\n[["go", "go", 0.0, null, true]]',
-    "two_lines": '[["go", "go\\nnorth", 0.0, "go", true], ["go", "go up", 0.0, "go", true]]',
+    "two_lines": '[["go", "go\\ngo", 0.0, "go", true], ["go", "go", 0.0, "go", true]]',
     "no_word": '[["go", "go<|endoftext|>", 0.0, "go", true]]',
     "long_words": '[["go", "go go go go go go go go go", 0.0, "go", true]]',
 }
@@ -2696,7 +2696,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--temperature 1 | --resume run --temperature 1": "unrecognized arguments: --temperature {}",
     "--gamma | --resume": "argument {}: expected one argument",
     "--seed x | --batch 1.5": "invalid int value: '{}'",
-    "--actor-lr nan": " must be 1e-09 to 1, not nan",
+    "--actor-lr nan": " must be 0 to 1, not nan",
     "--gamma 1.5 | --tau 1.5 | --expectile 1.5": " must be 0 to 1, not 1.5",
     "--actor-loss sft": "--actor_loss: choose from reinforce, baseline, ppo, awr",
     "--critic-loss mc": "--critic_loss: choose from td, iql",
@@ -2708,22 +2708,22 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor no_newline": "on 'cpu': its tokenizer drops a final newline",
     "--critic no/folder | --critic too_few": "cannot use --critic '{}'",
     "--utterance-tokens 300 | --state-tokens 1": "no room for a state: change --state-tokens",
-    "--utterance-tokens 1": "this data needs --utterance-tokens 5 at least",
-    "--offline long_words": "this data needs --utterance-tokens 10 at least",
+    "--utterance-tokens 1": "utterances are not one line of 1 tokens (longest: 5; --utterance-tok",
+    "--offline long_words": "1 utterances are not one line of 5 tokens (longest: 10; --utterance-",
     # games
     "--env typo": "the settings of typo: Config.__init__() got an unexpected keyword",
-    "--actor gpt2 --env huge": "an observation has 6000 tokens, the actor reads 249: raise --st",
+    "--actor gpt2 --env huge": "an observation has 6000 tokens, but --state-tokens or the model",
     "--demonstrations 0 | --env good | --offline no_episodes": "nothing to begin with: it",
     "--actor gpt2 --env good --episodes 0": "nothing to begin with: it",
-    "--env bad_teacher": "the demonstrations of {}: None is no text",
+    "--env bad_teacher": "the demonstrations of {}: None is not a text",
     # files
     "--out run | --out gpt2": "cannot begin in {}: it is not empty: --resume it, or another --out",
     "--out prose | --out prose/below": "cannot begin in {}: ",
     "--offline nowhere | --offline run | --offline gpt2/model.safetensors": "cannot read {}",
-    "--offline false_done": "{}, line 3, is no list of turns [s, a, r, s', done]: 'False' is not",
-    "--offline null_state": "{}, line 2, is no list of turns [s, a, r, s', done]: None is no text",
-    "--offline two_lines": "1 utterances do not come back from the tokenizer as one line, such as",
-    "--offline no_word": "from the tokenizer as one line, such as ['go<|endoftext|>']",
+    "--offline false_done": "{}, line 3, is not a list of turns [s, a, r, s', done]: 'False' is",
+    "--offline null_state": "{}, line 2, is not a list of turns [s, a, r, s', done]: None is not",
+    "--offline two_lines": "1 utterances are not one line of 5 tokens (longest: 4; --utterance-to",
+    "--offline no_word": "--utterance-tokens), such as ['go<|endoftext|>']",
     # going on
     "--resume run --gamma 0.5 | --resume run --preset paper": "--resume takes no other option",
     "--resume nowhere | --resume prose | --resume gpt2 | --resume unknown": "cannot go on from {}",
@@ -2732,11 +2732,11 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--resume edited": "the checkpoint in {} belongs to another run",
 }
 NO_GAMES = list(GAMES_WITH_MISTAKES)[4:]
-BAD_FILES = ("prose", "numbers", "short_rows", "word_reward", "nan_reward")
-MISTAKES |= {f"--offline {name}": "{}, line 1, is no list of turns [s," for name in BAD_FILES}
-MISTAKES |= {f"--actor gpt2 --env {name}": "{} is no game as README" for name in NO_GAMES}
-POSITIVE = {"actor_lr", "batch", "capacity", "clip", "critic_lr", "critic_steps", "ppo_epochs"}
-POSITIVE |= {"evaluation_episodes", "utterance_tokens", "warm_start_lr"}
+BAD_FILES = list(FILES)[1:6]  # those whose first line is wrong
+MISTAKES |= {f"--offline {name}": "{}, line 1, is not a list of turns [s," for name in BAD_FILES}
+MISTAKES |= {f"--actor gpt2 --env {name}": "{} is not as README describes" for name in NO_GAMES}
+POSITIVE = {"batch", "capacity", "critic_steps", "ppo_epochs"}
+POSITIVE |= {"evaluation_episodes", "utterance_tokens"}
 
 
 def test_numbers_out_of_their_range_are_refused():

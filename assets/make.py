@@ -248,7 +248,7 @@ def signs_run(run):
     ]
 
 
-def signs(file=HERE / "signs.csv", iterations=(5, 15)):
+def signs(file=HERE / "signs.csv", iterations=(5, 11, 15)):
     """A table for each of these iterations; in a cell, the range over three seeds."""
     runs = [(kind, seed) for seed in range(3) for kind in SIGNS]
     complete(file, "kind,seed,iteration,metric,value", runs, lambda run: run, signs_run)
@@ -798,7 +798,10 @@ TRAPS = {  # change: (a piece of archer.py, what stands in its place)
         "z = logits[:, -1]; k = min(50, z.shape[1]); "
         "p = z.masked_fill(z < z.topk(k).values[:, -1:], -1e9).softmax(1)",
     ),
-    "a time limit taken for an end": ("bool(terminated)", "bool(terminated or truncated)"),
+    "a time limit taken for an end": (
+        " a, r, s2, terminated)",
+        " a, r, s2, terminated or truncated)",
+    ),
     "`pooler_output` in place of the mean": (
         "hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state",
         "return self.encoder(input_ids=ids, attention_mask=mask).pooler_output.float()",
