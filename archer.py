@@ -322,8 +322,8 @@ def advantage(q, v):
 def actor_loss(log_p, spoken, A):
     """The policy gradient: -A times the SUM of an utterance's log-probabilities (Eq. 3).
 
-    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; log_p must be
-    finite at padding, too. A: [B].
+    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; log_p must be finite
+    at padding, too. A: [B].
     """
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
@@ -529,20 +529,23 @@ def ppo_loss(log_p, old_log_p, spoken, A, clip):
 
 
 class TokenBaseline(nn.Module):
-    """V~(s, a^{1:i-1}): a copy of the actor with a value in place of its logits."""
+    """V~(s, a^{1:i-1}): a value head on a language model of its own, a copy of the actor's."""
 
     def __init__(self, actor):
         super().__init__()
-        self.actor = copy.deepcopy(actor)
-        self.actor.bfloat16 = False  # too coarse for values
-        h = actor.model.config.get_text_config().hidden_size
-        self.actor.model.set_output_embeddings(nn.Linear(h, 1, device=actor.model.device))
+        self.join = actor.join  # the method alone: the actor's parameters do not belong to this
+        self.model = copy.deepcopy(actor.model)
+        h = self.model.config.get_text_config().hidden_size
+        self.head = nn.Linear(h, 1, device=self.model.device)
 
     def forward(self, states, token_ids):
         """The value before each token of the utterances, and `spoken`: [B, L] each."""
-        ids, mask, spoken = self.actor.join(states, token_ids)
-        v, _ = self.actor(ids, mask, keep=spoken.shape[1] + 1)
-        return v[:, :-1].squeeze(2), spoken
+        ids, mask, spoken = self.join(states, token_ids)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        out = self.model(**x, output_hidden_states=True, logits_to_keep=1)  # logits are not used
+        hidden = out.hidden_states[-1][:, -spoken.shape[1] - 1 : -1]
+        return self.head(hidden).squeeze(2), spoken
 
 
 class WithBaseline(ArCHer):
@@ -977,13 +980,13 @@ def run(c, saved=None):
     began = time.time()
     c, actor, critic, demonstrations = prepare(c, saved and saved["vocabulary"])
     game = GAMES[c.env]
-    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # of a generator
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # called with a generator
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
     folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now}")
     if not saved:
         with explained(f"cannot begin in {folder}"):
             folder.mkdir(parents=True, exist_ok=bool(c.out))
-            kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # left by a stop
+            kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # of a stopped write
             require(not kept, "it is not empty: --resume it, or another --out")
         print(f"writing into {folder}/; to go on after a stop: --resume {folder}")
         warm_start(actor, demonstrations, c)

@@ -1098,7 +1098,7 @@ ZOO = {
     "test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates": [
         # No position ids. The warm start is poor and the curve restless: log-probabilities depend
         # on batch mates.
-        ('"position_ids": positions}', '"position_ids": None}'),
+        ('"position_ids": positions}\n        with', '"position_ids": None}\n        with'),
     ],
     "test_rare_tokens_of_a_large_vocabulary_are_said_as_often_as_they_should": [
         # Top-k left on. The curve ends early, below the optimum: rare utterances are never tried.
@@ -1203,7 +1203,7 @@ ZOO = {
     "test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only": [
         # The baseline sees the token whose value it gives. The actor learns little: the baseline
         # explains the advantage away.
-        ("return v[:, :-1].squeeze(2)", "return v[:, 1:].squeeze(2)"),
+        ("[:, -spoken.shape[1] - 1 : -1]", "[:, -spoken.shape[1] :]"),
     ],
     "test_exact_eq5_as_written": [
         # The baseline is added. Slower and noisier than without a baseline.
@@ -1409,8 +1409,7 @@ def test_only_spoken_tokens_are_trained(models, monkeypatch):
 def test_dropout_is_off(models):
     actor, critic = models
     assert actor.model.config.attn_pdrop > 0 and critic.encoder.config.hidden_dropout_prob > 0
-    baseline = archer.TokenBaseline(actor).actor
-    for network in (actor.model, critic.encoder, baseline.model.base_model):
+    for network in (actor.model, critic.encoder, archer.TokenBaseline(actor).model):
         assert not any(module.training for module in network.modules())
 
 
@@ -1564,7 +1563,7 @@ def test_bfloat16_stays_inside_the_models(models, monkeypatch):
     said = [ids_of(actor, a) for a in UTTERANCES[:2]]
     exact = [actor.log_probs(STATES[:2], said)[0], *critic(STATES[:2], UTTERANCES[:2])]
     actor.bfloat16 = critic.bfloat16 = True
-    assert learner_of(models).target.bfloat16 and not archer.TokenBaseline(actor).actor.bfloat16
+    assert learner_of(models).target.bfloat16
     log_p, spoken = actor.log_probs(STATES[:2], said)
     q, v = critic(STATES[:2], UTTERANCES[:2])
     for rough, sharp in zip((log_p, q, v), exact, strict=True):
@@ -1634,8 +1633,8 @@ LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_experts_
 LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "moe_intermediate_size": 16}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 CAUSAL = dict.fromkeys(("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "phi3", "olmo2"), {})
-CAUSAL |= dict.fromkeys(("gemma", "smollm3", "bloom"), {})
-CAUSAL |= dict.fromkeys(("mistral", "gemma3_text"), {"sliding_window": 4})
+CAUSAL |= dict.fromkeys(("gemma", "smollm3", "bloom", "cohere"), {})
+CAUSAL |= dict.fromkeys(("mistral", "gemma2", "gemma3_text"), {"sliding_window": 4})
 CAUSAL |= dict.fromkeys(("gptj", "codegen"), {"rotary_dim": 4})
 CAUSAL |= {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
@@ -1695,6 +1694,9 @@ def test_all_architectures_equal_a_plain_loop(role, name, tmp_path, monkeypatch)
     else:
         test_greedy_speech_is_the_same_alone_and_in_company(models)
         test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates(models)
+        baseline = archer.TokenBaseline(models[0])
+        baseline.head.bias.data += 100
+        assert baseline(STATES[:1], [[7]])[0] > 90  # some scale or cap logits, which values are not
 
 
 def test_a_cache_that_mixes_up_its_rows_is_noticed(models, monkeypatch):
@@ -1744,8 +1746,7 @@ def test_each_kind_of_tokenizer_ends_cuts_keeps_and_scores_utterances(kind, monk
     """
     length, begins, inner = KINDS[kind]
     if begins:
-        template = {"single": "<s> $A", "special_tokens": [("<s>", 1)]}
-        inner.post_processor = TemplateProcessing(**template)
+        inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     marks = {"bos_token": "<s>", "eos_token": "</s>", "truncation_side": "left"}
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
     inside = tokenizer.convert_tokens_to_ids("?\nNo")
@@ -2236,8 +2237,7 @@ def test_a_run_writes_what_it_promises(stock):
     expected = {"game": "detective", "seed": 0, "optimum": 0.0, "episodes": 16}
     assert summary == expected | {name: summary[name] for name in ("start", "end", "greedy")}
     assert (iteration, len(buffer)) == (4, 50)
-    (config,) = lines_of(stock / "run", "config.json")
-    assert set(config) == {field.name for field in dataclasses.fields(Config)}
+    assert lines_of(stock / "run", "config.json")[0].keys() == dataclasses.asdict(Config()).keys()
     text = (stock / "printed").read_text()
     assert re.search(rf"\n> .* r .* Q .* V .* A .* log p .*\n(.*\n)+end +{summary['end']}\n", text)
 
