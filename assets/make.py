@@ -23,6 +23,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -42,12 +43,15 @@ import transformers
 from matplotlib.figure import Figure
 
 import archer
+import envs
 from archer import GAMES, ArCHer, Config, mean_return, rollout
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TUTORIAL = ROOT / "tutorial.ipynb"
 BLACK = {"color": "black", "linewidth": 1}
+LOOKS = {"ArCHer": ("#0072B2", "o"), "CHAI": ("#CC79A7", "s"), "filtered BC": ("#E69F00", "D")}
+LOOKS |= {"REINFORCE": ("#009E73", "^"), "PPO": ("#D55E00", "v")}
 
 
 def read_lines(path):
@@ -251,7 +255,7 @@ def signs_run(run):
 def signs(file=HERE / "signs.csv", iterations=(5, 11, 15)):
     """A table for each of these iterations; in a cell, the range over three seeds."""
     runs = [(kind, seed) for seed in range(3) for kind in SIGNS]
-    complete(file, "kind,seed,iteration,metric,value", runs, lambda run: run, signs_run)
+    complete(file, "kind,seed,iteration,metric,value", runs, lambda run: run, signs_run, 0.9)
     values = collections.defaultdict(list)
     with file.open() as lines:
         for kind, _, iteration, metric, value in itertools.islice(csv.reader(lines), 1, None):
@@ -394,6 +398,8 @@ def learn_with_monte_carlo_critic(game, actor, critic, demonstrations, c, report
 def method_of(name):
     own = {
         "ArCHer": learn,
+        "exact advantage": learn,
+        "permuted advantages": learn,
         "own play only": learn_from_own_play,
         "one critic": learn_with_one_critic,
         "Monte-Carlo critic": learn_with_monte_carlo_critic,
@@ -586,16 +592,23 @@ def study_run(run):
     return lines
 
 
-def complete(path, header, runs, key_of, work):
-    """Adds to a CSV file what it lacks, a process a core. work: a run -> its lines."""
+def complete(path, header, runs, key_of, work, minutes):
+    """Adds to a CSV file what it lacks, a process a core. work: a run -> its lines.
+
+    minutes: of a run, on average, on one of two busy cores; to say how long it will take.
+    """
     if not path.exists():
         path.write_text(header + "\n")
     with path.open() as file:
         keys = [tuple(row) for row in csv.reader(file)]
     done = {key[: len(key_of(runs[0]))] for key in keys}
     missing = [run for run in runs if tuple(map(str, key_of(run))) not in done]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for lines in pool.imap(work, missing):
+    cores = os.cpu_count()
+    if missing:
+        total = len(missing) * minutes / cores
+        print(f"{path.name} lacks {len(missing)} of {len(runs)} runs: about {total:.0f} minutes")
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        for lines in pool.imap_unordered(work, missing):
             with path.open("a") as file:
                 csv.writer(file, lineterminator="\n").writerows(lines)
 
@@ -607,7 +620,7 @@ def study(file=HERE / "study.csv"):
         game = GAMES["twenty_questions"]
         archer.write_json(shared, game.demonstrations(Config().demonstrations, 0))
         header = "part,game,name,seed,episodes,utterances,seconds,return"
-        complete(file, header, plan(str(shared)), lambda run: run[:4], study_run)
+        complete(file, header, plan(str(shared)), lambda run: run[:4], study_run, 3)
     groups = read_study(file)
     plot_online(groups)
     plot_offline(groups)
@@ -696,22 +709,20 @@ def plot_seeds(axes, seeds, column, **style):
 
 def plot_online(groups):
     """A row a game, a column a currency: episodes, utterances, seconds."""
-    looks = {"ArCHer": ("#0072B2", "o"), "CHAI": ("#CC79A7", "s"), "filtered BC": ("#E69F00", "D")}
-    looks |= {"REINFORCE": ("#009E73", "^"), "PPO": ("#D55E00", "v")}
     units = ["episodes played", "utterances generated, in games and outside", "seconds on one core"]
     figure = Figure(figsize=(11, 3.4 * len(ONLINE)), layout="constrained")
     panels = figure.subplots(len(ONLINE), len(units), squeeze=False)
     for row, game in zip(panels, ONLINE, strict=True):
         row[0].set_ylabel("share of the gap closed")
         for column, (axes, unit) in enumerate(zip(row, units, strict=True)):
-            for name, (color, marker) in looks.items():
+            for name, (color, marker) in LOOKS.items():
                 seeds = groups["online", game, name]
                 plot_seeds(axes, seeds, column, label=name, color=color, marker=marker)
             axes.axhline(1, linestyle="--", **BLACK)
             axes.set(xscale="log", xlabel=unit, ylim=(-1.25, 1.1), title=game)
             axes.tick_params(axis="x", which="minor", labelbottom=False)
     labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=len(looks))
+    figure.legend(*labels, loc="outside lower center", ncols=len(LOOKS))
     figure.savefig(HERE / "online.png", dpi=110)
 
 
@@ -767,6 +778,489 @@ def plot_capacity(groups):
     left.legend(fontsize=8)
     right.set(xlabel="seconds on one core", title="the same against time")
     figure.savefig(HERE / "capacity.png", dpi=110)
+
+
+# ==================================================================================================
+# adventure: the paper's own Detective game, in the interpreter that `jericho` brings
+# ==================================================================================================
+
+# For every method: settings that were tried on a seed that is not shown. The one with the highest
+# mean of the last fifth of its episodes is then played on five others, from both kinds of
+# demonstrations. All play 800 episodes, after the same warm start.
+ADVENTURE = {"demonstrations": 400, "warm_start_steps": 700, "warmup_iterations": 8, "episodes": 16}
+TRIED = {
+    "ArCHer": [
+        {"gamma": 0.97},
+        {"gamma": 0.99},
+        {"gamma": 0.99, "critic_steps": 100},
+        {"gamma": 0.98, "actor_loss": "baseline"},
+        {"gamma": 0.98, "critic_steps": 100, "actor_loss": "baseline"},
+        {"gamma": 0.98, "critic_steps": 200, "actor_loss": "baseline"},
+    ],
+    "CHAI": [
+        {"gamma": 0.97},
+        {"gamma": 0.99},
+        {"gamma": 0.97, "critic_steps": 100},
+        {"gamma": 0.98, "critic_steps": 100},
+        {"gamma": 0.99, "critic_steps": 100},
+        {"gamma": 0.98, "critic_steps": 200},
+    ],
+    "filtered BC": [
+        {"window": 400, "actor_steps": 8},
+        {"window": 400, "actor_steps": 16},
+        {"window": 160, "actor_steps": 8},
+        {"window": 160, "actor_steps": 16},
+        {"window": 160, "actor_steps": 16, "actor_lr": 1e-4},
+        {"window": 800, "actor_steps": 16},
+    ],
+    "PPO": [
+        {"ppo_epochs": 4},
+        {"ppo_epochs": 4, "actor_lr": 1e-4},
+        {"ppo_epochs": 4, "actor_lr": 1e-4, "lam": 0.99},
+        {"ppo_epochs": 2, "actor_lr": 1e-4},
+        {"ppo_epochs": 2, "actor_lr": 1e-4, "episodes": 32},
+        {"ppo_epochs": 4, "actor_lr": 3e-5},
+    ],
+    "REINFORCE": [
+        {},
+        {"actor_lr": 1e-4},
+        {"actor_lr": 3e-5},
+        {"episodes": 32},
+        {"episodes": 32, "actor_lr": 1e-4},
+        {"gamma": 0.99, "actor_lr": 1e-4},
+    ],
+}
+
+
+def points(episodes):
+    """Mean score of episodes of the adventure, which begins with ten points."""
+    return 10 + 10 * mean_return(episodes)
+
+
+def weak(game):
+    """The same game with demonstrators who earn 150 points at most."""
+
+    def demonstrations(episodes, seed=0):
+        played = game.demonstrations(2 * episodes, seed)
+        return [e for e in played if 10 + 10 * sum(r for _, _, r, *_ in e) <= 150][:episodes]
+
+    return type("Weak", (game,), {"demonstrations": staticmethod(demonstrations)})
+
+
+def words(settings):
+    return " ".join(f"{name} {value}" for name, value in settings.items()) or "defaults"
+
+
+def warm_start_once(actor, demonstrations, c, file):
+    """The methods share the warm start of a seed, which takes a minute."""
+    if file.exists():
+        actor.load_state_dict(torch.load(file))
+    else:
+        archer.warm_start(actor, demonstrations, c)
+        part = file.with_suffix(f".{os.getpid()}")  # another process may write it at this moment
+        torch.save(actor.state_dict(), part)
+        part.replace(file)
+    torch.manual_seed(c.seed)
+
+
+def adventure_run(run):
+    """Lines for adventure.csv: of every iteration, and of fresh play in the end."""
+    torch.set_num_threads(1)
+    path, folder, kind, method, seed, settings = run
+    game = tutorial().Adventure
+    game.path = path
+    GAMES["adventure"] = {"usual": game, "weak": weak(game)}[kind]
+    own = {name: settings[name] for name in ("lam", "window") if name in settings}
+    settings = ADVENTURE | {name: x for name, x in settings.items() if name not in own}
+    settings["iterations"] = 800 // settings["episodes"]
+    began = time.time()
+    c, actor, critic, demonstrations = archer.prepare(Config("adventure", seed, **settings))
+    warm_start_once(actor, demonstrations, c, Path(folder, f"{kind} {seed}"))
+    rows = []
+
+    def add(measure, count, episodes):
+        line = (kind, method, seed, words(run[-1]), measure, count)
+        rows.append((*line, f"{points(episodes):.1f}", f"{time.time() - began:.0f}"))
+
+    def report(_, episodes):
+        add("play", len(episodes) * (1 + len(rows)), episodes)
+
+    method_of(method)(GAMES["adventure"], actor, critic, demonstrations, c, report, **own)
+    player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
+    play = functools.partial(rollout, GAMES["adventure"], player)
+    add("sampled", 100, play(100, random.Random(f"sampled {seed}")))
+    add("greedy", 1, play(1, random.Random(f"greedy {seed}"), greedy=True))
+    return rows
+
+
+def adventure(path, file=HERE / "adventure.csv"):
+    """path: of the game, detective.z5."""
+    header = "demonstrations,method,seed,settings,measure,episodes,points,seconds"
+
+    def key_of(run):
+        _, _, kind, method, seed, settings = run
+        return kind, method, seed, words(settings)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tried = [(method, 100, x) for method, settings in TRIED.items() for x in settings]
+        runs = [(path, folder, "usual", *run) for run in tried]
+        complete(file, header, runs, key_of, adventure_run, 5)
+        best = best_settings(read_adventure(file))
+        runs = [
+            (path, folder, kind, method, seed, settings)
+            for kind in ("usual", "weak")
+            for seed in range(5)
+            for method, settings in best.items()
+        ]
+        complete(file, header, runs, key_of, adventure_run, 5)
+    shown = shown_runs(read_adventure(file), best)
+    plot_adventure(shown)
+    print(adventure_tables(shown, best))
+
+
+def read_adventure(file):
+    """{(demonstrations, method, seed, settings): {measure: [(episodes, points), ...]}}."""
+    runs = collections.defaultdict(lambda: collections.defaultdict(list))
+    with file.open() as lines:
+        for row in csv.DictReader(lines):
+            key = (row["demonstrations"], row["method"], int(row["seed"]), row["settings"])
+            runs[key][row["measure"]].append((int(row["episodes"]), float(row["points"])))
+    return runs
+
+
+def last_fifth(played):
+    """The mean score of the last fifth of the episodes. played: of equally large iterations."""
+    return statistics.mean(score for _, score in played[-(len(played) // 5) :])
+
+
+def best_settings(runs):
+    """{method: the settings with the best last fifth on the seed that is not shown}."""
+    return {
+        method: max(tried, key=lambda x: last_fifth(runs["usual", method, 100, words(x)]["play"]))
+        for method, tried in TRIED.items()
+    }
+
+
+def shown_runs(runs, best):
+    """{demonstrations: {method: runs of the seeds}}"""
+    return {
+        kind: {m: [runs[kind, m, seed, words(x)] for seed in range(5)] for m, x in best.items()}
+        for kind in ("usual", "weak")
+    }
+
+
+def arrival(played, score):
+    """The episodes at the first of two iterations in a row with that score."""
+    for (episodes, now), (_, then) in itertools.pairwise(played):
+        if min(now, then) >= score:
+            return episodes
+    return float("inf")
+
+
+def adventure_tables(shown, best):
+    paper = {"ArCHer": 276, "CHAI": 274, "filtered BC": 267}
+    text = []
+    for kind, methods in shown.items():
+        rows = []
+        for method, runs in methods.items():
+            ends = spread([last_fifth(run["play"]) for run in runs])
+            greedy = spread([run["greedy"][0][1] for run in runs])
+            first_at = spread([arrival(run["play"], 276) for run in runs])
+            about = words(best[method])
+            rows.append([method, about, ends, greedy, first_at, paper.get(method, "not shown")])
+        header = [f"{kind} demonstrations", "settings", "points, last 160 of 800 episodes"]
+        text.append(markdown([*header, "greedy", "episodes to 276", "paper"], rows))
+    return "\n\n".join(text)
+
+
+def plot_adventure(shown):
+    """A panel for each kind of demonstrations, a line a method: median and range of the seeds."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (kind, methods) in zip(
+        figure.subplots(1, 2, sharey=True), shown.items(), strict=True
+    ):
+        for method, runs in methods.items():
+            color, marker = LOOKS[method]
+            scores = list(zip(*([x for _, x in run["play"]] for run in runs), strict=True))
+            x = [episodes for episodes, _ in runs[0]["play"]]
+            label = {"label": method, "marker": marker, "markevery": 5, "markersize": 4}
+            axes.plot(x, [statistics.median(y) for y in scores], color=color, **label)
+            low, high = [min(y) for y in scores], [max(y) for y in scores]
+            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+        axes.axhline(360, linestyle="--", label="all points", **BLACK)
+        axes.axhline(276, linestyle=":", label="the paper's ArCHer", **BLACK)
+        axes.set_title(f"Detective, {kind} demonstrations")
+        axes.set_xlabel("episodes played")
+    figure.supylabel("points of an episode, sampled play", fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    figure.savefig(HERE / "adventure.png", dpi=110)
+
+
+# ==================================================================================================
+# length: one family of games with a knob, and what a perfect critic would buy
+# ==================================================================================================
+
+# Everybody has the same warm start, and at most so many episodes and iterations. Settings were
+# tried at two lengths on a seed that is not shown.
+LENGTHS = (3, 6, 12, 24, 48)
+MOST_EPISODES = 2000
+MOST_ITERATIONS = 300
+DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 30_000, "gamma": 0.99}
+DOORS_TRIED = {
+    "ArCHer": [
+        {"episodes": 1},
+        {"episodes": 4},
+        {"episodes": 1, "critic_steps": 200},
+        {"episodes": 4, "critic_steps": 200},
+        {"episodes": 1, "critic_steps": 200, "actor_loss": "baseline"},
+        {"episodes": 1, "critic_steps": 200, "critic_loss": "iql"},
+    ],
+    "CHAI": [
+        {"episodes": 1},
+        {"episodes": 4},
+        {"episodes": 1, "critic_steps": 200},
+        {"episodes": 4, "critic_steps": 200},
+        {"episodes": 1, "critic_steps": 200, "gamma": 0.97},
+        {"episodes": 4, "critic_steps": 200, "gamma": 0.97},
+    ],
+    "filtered BC": [
+        {"episodes": 4, "actor_steps": 8, "window": 160},
+        {"episodes": 16, "actor_steps": 8, "window": 160},
+        {"episodes": 4, "actor_steps": 8, "window": 1000},
+        {"episodes": 16, "actor_steps": 8, "window": 1000},
+        {"episodes": 4, "actor_steps": 4, "window": 320},
+        {"episodes": 16, "actor_steps": 16, "window": 320},
+    ],
+    "PPO": [
+        {"episodes": 32, "ppo_epochs": 4},
+        {"episodes": 16, "ppo_epochs": 4},
+        {"episodes": 32, "ppo_epochs": 4, "lam": 0.99},
+        {"episodes": 16, "ppo_epochs": 4, "lam": 0.99},
+        {"episodes": 32, "ppo_epochs": 4, "actor_lr": 1e-3},
+        {"episodes": 16, "ppo_epochs": 8, "lam": 0.99},
+    ],
+    "REINFORCE": [
+        {"episodes": 32},
+        {"episodes": 16},
+        {"episodes": 32, "actor_lr": 1e-3},
+        {"episodes": 16, "actor_lr": 1e-3},
+        {"episodes": 128, "actor_lr": 1e-3},
+        {"episodes": 32, "gamma": 0.97},
+    ],
+}
+# ArCHer with another advantage. The exact one needs no critic, hence no warm-up.
+ADVANTAGES = {
+    "exact advantage": {"actor_loss": "exact", "critic_steps": 1, "warmup_iterations": 0},
+    "permuted advantages": {"actor_loss": "permuted"},
+}
+
+
+class Doors(envs.TextGame):
+    """A row of doors. At each of them one of six directions leads on, the others back to the first.
+
+    Reward 10 behind the last door, 0 before. Play is truncated after four turns a door.
+    """
+
+    length = 6
+    hidden_things = ("",)
+    utterances = tuple(f"go {way}" for way in ("north", "south", "east", "west", "up", "down"))
+    start = 0  # the number of the door
+    limit_is_part_of_task = False
+    skill = 0.9
+
+    @classmethod
+    def right(cls, door):
+        return random.Random(door).choice(cls.utterances)
+
+    def rules(self, position, hidden, utterance):
+        if utterance != self.right(position):
+            return 0, "", 0.0, False
+        if position + 1 == self.length:
+            return position, "", 10.0, True
+        return position + 1, "", 0.0, False
+
+    def observe(self):
+        return f"Door {self.position}\n"
+
+    def best_utterance(self):
+        return self.right(self.position)
+
+
+for doors in LENGTHS:
+    settings = {"length": doors, "limit": 4 * doors}
+    GAMES[f"doors_{doors}"] = type(f"Doors{doors}", (Doors,), settings)
+
+
+def value_of_doors(actor, length, gamma):
+    """The exact V of the actor's own policy at every door, and 10 for what is behind the last.
+
+    Only the probability p of going on matters: V(door) = gamma (p V(door + 1) + (1 - p) V(0)).
+    """
+    states = [f"Door {door}\n" for door in range(length)]
+    ids = [actor.tokenizer.encode(Doors.right(door) + "\n") for door in range(length)]
+    with torch.no_grad():
+        log_p, spoken = actor.log_probs(states, ids)
+    p = (log_p * spoken).sum(1).double().exp().cpu()
+    system = torch.eye(length).double() - gamma * torch.diag(p[:-1], 1)
+    system[:, 0] -= gamma * (1 - p)
+    rewards = torch.zeros(length).double()
+    rewards[-1] = 10 * p[-1]
+    return [*torch.linalg.solve(system, rewards).tolist(), 10 / gamma]
+
+
+class WithExactAdvantage(ArCHer):
+    """ArCHer on doors, with the truth in place of the critic."""
+
+    def actor_examples(self):
+        s = [t.s for t in self.buffer.sample(self.c.batch)]
+        a, token_ids = self.actor.act(s)
+        V = value_of_doors(self.actor, self.game.length, self.c.gamma)
+        A = []
+        for state, utterance in zip(s, a, strict=True):
+            door = int(state.split()[1])
+            after = door + 1 if utterance == Doors.right(door) else 0
+            A.append(torch.tensor(self.c.gamma * V[after] - V[door]))
+        return list(zip(s, token_ids, A, strict=True))
+
+
+class WithPermutedAdvantage(ArCHer):
+    """A placebo: every utterance gets the advantage of another one in its batch."""
+
+    def actor_examples(self):
+        s, token_ids, A = zip(*super().actor_examples(), strict=True)
+        A = [A[i] for i in torch.randperm(len(A))]
+        return list(zip(s, token_ids, A, strict=True))
+
+
+archer.ACTOR_LOSSES |= {"exact": WithExactAdvantage, "permuted": WithPermutedAdvantage}
+
+
+class Arrived(Exception):
+    """Two measurements in a row were good enough."""
+
+
+def length_run(run):
+    """Lines for length.csv, at episode counts that grow by a quarter, until 80 % are earned."""
+    torch.set_num_threads(1)
+    length, method, seed, settings = run
+    own = {name: settings[name] for name in ("lam", "window") if name in settings}
+    settings = DOORS | {name: x for name, x in settings.items() if name not in own}
+    c = Config(f"doors_{length}", seed, **settings)
+    c = dataclasses.replace(c, iterations=min(MOST_ITERATIONS, MOST_EPISODES // c.episodes))
+    c, actor, critic, demonstrations = archer.prepare(c)
+    archer.warm_start(actor, demonstrations, c)
+    player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
+    measurements = Measurements(GAMES[c.env], actor, player, seed)
+    measurements.measure(500)
+
+    def report(_, episodes):
+        measurements.episodes += len(episodes)
+        rows = measurements.rows
+        if measurements.episodes >= 1.25 * rows[-1][0]:
+            measurements.measure(100)
+            if min(rows[-1][3], rows[-2][3]) >= 8:
+                raise Arrived
+
+    with contextlib.suppress(Arrived):
+        method_of(method)(GAMES[c.env], actor, critic, demonstrations, c, report, **own)
+    key = (length, method, seed, words(run[3]))
+    return [(*key, *row[:2], f"{row[2]:.1f}", f"{row[3]:.2f}") for row in measurements.rows]
+
+
+def length(file=HERE / "length.csv"):
+    """Episodes until 80 % are earned, against the number of doors."""
+    header = "doors,method,seed,settings,episodes,utterances,seconds,return"
+
+    def key_of(run):
+        *rest, settings = run
+        return (*rest, words(settings))
+
+    tried = [(method, 100, x) for method, settings in DOORS_TRIED.items() for x in settings]
+    runs = [(doors, *run) for doors in (12, 24) for run in tried]
+    complete(file, header, runs, key_of, length_run, 2)
+    best = best_of_doors(read_length(file))
+    order = itertools.product(range(5), LENGTHS, best.items())
+    runs = [(doors, method, seed, settings) for seed, doors, (method, settings) in order]
+    complete(file, header, runs, key_of, length_run, 2)
+    runs = read_length(file)
+    shown = {
+        method: {
+            doors: [runs[doors, method, seed, words(settings)] for seed in range(5)]
+            for doors in LENGTHS
+        }
+        for method, settings in best.items()
+    }
+    plot_length(shown)
+    print(length_table(shown, best))
+
+
+def read_length(file):
+    """{(doors, method, seed, settings): [(episodes, utterances, seconds, return), ...]}"""
+    runs = collections.defaultdict(list)
+    with file.open() as lines:
+        for row in csv.DictReader(lines):
+            key = (int(row["doors"]), row["method"], int(row["seed"]), row["settings"])
+            numbers = (row["episodes"], row["utterances"], row["seconds"], row["return"])
+            runs[key].append(tuple(map(float, numbers)))
+    return runs
+
+
+def best_of_doors(runs):
+    """{method: settings}: those with the lowest product of episodes at the two lengths.
+
+    A run that did not arrive counts as MOST_EPISODES.
+    """
+
+    def cost(method, settings):
+        tried = (runs[doors, method, 100, words(settings)] for doors in (12, 24))
+        return math.prod(min(first(rows, 8), MOST_EPISODES) for rows in tried)
+
+    best = {m: min(tried, key=functools.partial(cost, m)) for m, tried in DOORS_TRIED.items()}
+    return best | {name: best["ArCHer"] | x for name, x in ADVANTAGES.items()}
+
+
+def length_table(shown, best):
+    """A row a method, a column a length: episodes to 80 %, and how many seeds got there."""
+    rows = []
+    for method, lengths in shown.items():
+        row = [method, words(best[method])]
+        for runs in lengths.values():
+            episodes = [first(run, 8) for run in runs]
+            row.append(f"{spread(episodes)}; {sum(map(math.isfinite, episodes))} of {len(runs)}")
+        rows.append(row)
+    wins = ["warm start wins", ""]
+    for runs in shown["ArCHer"].values():
+        wins.append(f"{statistics.median(rows[0][3] for rows in runs) / 10:.1%}")
+    return markdown(["method", "settings", *(f"{n} doors" for n in shown["ArCHer"])], [wins, *rows])
+
+
+def plot_length(shown):
+    """Above, episodes to 80 % against length; a median that did not arrive is an arrow. Below, how
+    often warm-started play wins."""
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    looks = LOOKS | {"exact advantage": ("black", "*"), "permuted advantages": ("0.6", "x")}
+    for k, (method, lengths) in enumerate(shown.items()):
+        color, marker = looks[method]
+        x = [doors * 1.02 ** (k - 3) for doors in lengths]  # side by side
+        y = [statistics.median(first(rows, 8) for rows in runs) for runs in lengths.values()]
+        style = {"color": color, "marker": marker, "markersize": 6}
+        upper.plot(x, [v if math.isfinite(v) else math.nan for v in y], label=method, **style)
+        for doors, v in zip(x, y, strict=True):
+            if not math.isfinite(v):
+                arrow = {"arrowstyle": "->", "color": color}
+                ends = (doors, 1.6 * MOST_EPISODES), (doors, 0.9 * MOST_EPISODES)
+                upper.annotate("", *ends, arrowprops=arrow)
+    upper.set(xscale="log", yscale="log", ylabel="episodes to 80 % of the reward")
+    upper.legend(fontsize=8)
+    wins = [
+        statistics.median(rows[0][3] for rows in runs) / 10 for runs in shown["ArCHer"].values()
+    ]
+    lower.plot(LENGTHS, wins, "o-", color="black")
+    lower.set(xlabel="doors in a row", ylabel="warm start wins", ylim=(0, 1))
+    lower.set_xticks(LENGTHS, LENGTHS)
+    lower.minorticks_off()
+    figure.savefig(HERE / "length.png", dpi=110)
 
 
 # ==================================================================================================
@@ -842,7 +1336,7 @@ def price(file=HERE / "price.csv"):
     for trap in TRAPS.values():
         changed_archer(*trap)
     runs = list(itertools.product(TRAPS, range(3)))
-    complete(file, "trap,seed,start,end", runs, lambda run: run, price_run)
+    complete(file, "trap,seed,start,end", runs, lambda run: run, price_run, 1.5)
     with file.open() as lines:
         measured = list(csv.DictReader(lines))
     rows = []
@@ -1010,11 +1504,14 @@ def main():
     commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     commands.add_parser("study")
+    commands.add_parser("adventure").add_argument("path")
+    commands.add_parser("length")
     commands.add_parser("price")
     commands.add_parser("speed")
     options = vars(parser.parse_args())
     functions = {"results": results, "pretrained": pretrained, "notebook": notebook}
     functions |= {"signs": signs, "study": study, "price": price, "speed": speed}
+    functions |= {"adventure": adventure, "length": length}
     functions[options.pop("command")](**options)
 
 
