@@ -8,6 +8,9 @@ python assets/make.py notebook --check   executes it, stores nothing
 python assets/make.py study              study.csv, its figures and tables; takes hours
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
+python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
+python assets/make.py adventure FILE     adventure.csv, adventure.png and its tables; FILE: the game
+python assets/make.py length             length.csv, length.png and its table
 
 `signs`, `study` and `price` add what their files lack. To play everything again, delete the file
 first. `notebook` needs nbclient and ipykernel.
@@ -17,9 +20,11 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -1385,19 +1390,24 @@ class Clock:
         return call
 
 
+def warm_learner(game, critic_layers, **settings):
+    """ArCHer with the default models, after a short warm start."""
+    c = Config(env=game, warm_start_steps=400, warmup_iterations=2, **settings)
+    c, actor, critic, demonstrations = archer.prepare(c)
+    if critic_layers > 1:
+        config = critic.encoder.config.to_dict() | {"num_hidden_layers": critic_layers}
+        critic.encoder = transformers.RobertaModel(transformers.RobertaConfig(**config)).eval()
+    archer.warm_start(actor, demonstrations, c)
+    return ArCHer(GAMES[game], actor, critic, demonstrations, c)
+
+
 def timed_iterations(game, iterations, critic_layers=1):
     """(clock, seconds an iteration, learner) of the default models, once the actor is no beginner.
 
     Models are their calls, the critic's heads and the way back. Updates are the optimizers, the
     clipping and the target network.
     """
-    c = Config(env=game, warm_start_steps=400, warmup_iterations=2)
-    c, actor, critic, demonstrations = archer.prepare(c)
-    if critic_layers > 1:
-        config = critic.encoder.config.to_dict() | {"num_hidden_layers": critic_layers}
-        critic.encoder = transformers.RobertaModel(transformers.RobertaConfig(**config)).eval()
-    archer.warm_start(actor, demonstrations, c)
-    learner = ArCHer(GAMES[game], actor, critic, demonstrations, c)
+    learner = warm_learner(game, critic_layers)
     clock = Clock()
     timed = [
         ("phase", "play", archer, "rollout"),
@@ -1405,8 +1415,8 @@ def timed_iterations(game, iterations, critic_layers=1):
         ("phase", "actor", learner, "actor_step"),
         ("phase", "critic", archer, "descend"),  # the actor's is part of `actor_step`
         ("phase", "critic", archer, "soft_update"),
-        ("kind", "models", type(actor.model), "__call__"),
-        ("kind", "models", type(critic.encoder), "__call__"),
+        ("kind", "models", type(learner.actor.model), "__call__"),
+        ("kind", "models", type(learner.critic.encoder), "__call__"),
         ("kind", "models", archer.DoubleCritic, "q"),
         ("kind", "models", archer.DoubleCritic, "v"),
         ("kind", "models", torch.Tensor, "backward"),
@@ -1495,6 +1505,116 @@ def speed_table(rows):
     return markdown(["", *(f"`{row['game']}`" for row in rows)], lines)
 
 
+# ==================================================================================================
+# released: seconds a step of the authors' released code, and of archer.py, in turn
+# ==================================================================================================
+
+
+def released_trainer(folder, learner, utterance_tokens):
+    """The trainer and the buffer of the released code, with our learner's models and data.
+
+    Its package is called archer as well, so its files are loaded one by one. Left out is what it
+    does for several GPUs (`accelerate`).
+    """
+
+    def load(file):
+        spec = importlib.util.spec_from_file_location(file, Path(folder, "archer", file))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    def pretrained(thing):
+        thing = copy.deepcopy(thing)
+        return mock.Mock(from_pretrained=lambda *arguments, **named: thing)
+
+    actor = copy.deepcopy(learner.actor.model)
+    # `Actor` has set the end of an utterance and the sampling; there, they are the library's.
+    actor.generation_config = transformers.GenerationConfig(eos_token_id=0, pad_token_id=0)
+    one_device = types.SimpleNamespace(
+        prepare=lambda *x: x if len(x) > 1 else x[0],
+        unwrap_model=lambda model: model,
+        backward=torch.Tensor.backward,
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+    )
+    critics = load("models/critic.py")
+    data = load("data/utils.py")
+    width = learner.critic.encoder.config.hidden_size
+
+    def critic_of_width(*arguments, in_dim, **named):
+        encoder = pretrained(learner.critic.encoder)  # a copy each, for critic and target
+        with mock.patch.object(critics, "AutoModel", encoder):
+            return critics.DoubleCritic(*arguments, in_dim=width, **named)
+
+    theirs = {
+        "archer.data": data,
+        "archer.models.critic": types.SimpleNamespace(DoubleCritic=critic_of_width),
+    }
+    with mock.patch.dict(sys.modules, theirs):
+        agents = load("models/archer_agent.py")
+        trainers = load("algorithms/archer/trainer.py")
+    agents.AutoModelForCausalLM = pretrained(actor)
+    agents.AutoTokenizer = pretrained(learner.actor.tokenizer)
+    critics.AutoTokenizer = pretrained(learner.critic.tokenizer)
+    agent = agents.ArcherAgent("cpu", one_device, max_new_tokens=utterance_tokens)
+    c = learner.c
+    rates = {"critic_lr": c.critic_lr, "lm_lr": c.actor_lr, "grad_accum_steps": 1}
+    trainer = trainers.ArcherTrainer(agent, one_device, agent.tokenizer, **rates)
+    buffer = data.ReplayBuffer(c.batch, c.capacity)
+    for t in learner.buffer.transitions:
+        buffer.insert(t.s, t.a, t.r, t.s2, t.done, 0.0)
+    return trainer, buffer
+
+
+def seconds_of(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def released(folder, file=HERE / "released.csv", rounds=5, critic_steps=20, actor_steps=10):
+    """folder: a clone of the released code. One thread, Twenty Questions, models of two layers."""
+    torch.set_num_threads(1)
+    learner = warm_learner("twenty_questions", critic_layers=2, critic_steps=critic_steps)
+    learner.c = dataclasses.replace(learner.c, episodes=0, warmup_iterations=10**6)
+
+    def actor_updates():
+        for _ in range(actor_steps):
+            learner.actor_step()
+
+    rows = []
+    for tokens in (learner.c.utterance_tokens, 32):  # ours, and the released default
+        trainer, buffer = released_trainer(folder, learner, tokens)
+        update = functools.partial(trainer.update, buffer)
+        for k in range(rounds + 1):
+            ours = seconds_of(learner.iterate) / critic_steps
+            trainer.epochs, trainer.actor_epochs = critic_steps, 0
+            theirs = seconds_of(update) / critic_steps
+            ours_actor = seconds_of(actor_updates)
+            trainer.epochs, trainer.actor_epochs = 0, actor_steps
+            theirs_actor = seconds_of(update)
+            if k > 0:  # the first one warms up
+                row = (
+                    tokens,
+                    k,
+                    ours,
+                    theirs,
+                    ours_actor / actor_steps,
+                    theirs_actor / actor_steps,
+                )
+                rows.append(row)
+    with file.open("w") as lines:
+        lines.write("tokens,round,critic,released critic,actor,released actor\n")
+        csv.writer(lines, lineterminator="\n").writerows(rows)
+    text = []
+    for tokens in dict.fromkeys(row[0] for row in rows):
+        for name, ours, theirs in (("critic", 2, 3), ("actor", 4, 5)):
+            chosen = [row for row in rows if row[0] == tokens]
+            numbers = [spread([row[column] for row in chosen], 3) for column in (ours, theirs)]
+            ratio = spread([row[theirs] / row[ours] for row in chosen], 1)
+            text.append([f"a step of the {name}, 128 examples", tokens, *numbers, ratio])
+    print(markdown(["seconds", "tokens an utterance at most", "here", "released", "ratio"], text))
+
+
 def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
@@ -1508,10 +1628,11 @@ def main():
     commands.add_parser("length")
     commands.add_parser("price")
     commands.add_parser("speed")
+    commands.add_parser("released").add_argument("folder")
     options = vars(parser.parse_args())
     functions = {"results": results, "pretrained": pretrained, "notebook": notebook}
     functions |= {"signs": signs, "study": study, "price": price, "speed": speed}
-    functions |= {"adventure": adventure, "length": length}
+    functions |= {"adventure": adventure, "length": length, "released": released}
     functions[options.pop("command")](**options)
 
 
