@@ -795,20 +795,20 @@ def plot_capacity(groups):
 ADVENTURE = {"demonstrations": 400, "warm_start_steps": 700, "warmup_iterations": 8, "episodes": 16}
 TRIED = {
     "ArCHer": [
-        {"gamma": 0.99},
+        {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline"},
+        {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline", "batch": 64},
+        {"gamma": 0.99, "critic_steps": 100, "actor_loss": "baseline"},
+        {"gamma": 0.985, "critic_steps": 100},
         {"gamma": 0.98, "critic_steps": 100, "actor_loss": "baseline"},
         {"gamma": 0.995, "critic_steps": 100, "actor_loss": "baseline"},
-        {"gamma": 0.995, "critic_steps": 100},
-        {"gamma": 0.99, "critic_steps": 100, "actor_loss": "baseline"},
-        {"gamma": 0.995, "actor_loss": "baseline"},
     ],
     "CHAI": [
         {"gamma": 0.97},
+        {"gamma": 0.985},
         {"gamma": 0.99},
-        {"gamma": 0.995},
         {"gamma": 0.97, "critic_steps": 100},
+        {"gamma": 0.985, "critic_steps": 100},
         {"gamma": 0.99, "critic_steps": 100},
-        {"gamma": 0.995, "critic_steps": 100},
     ],
     "filtered BC": [
         {"window": 400, "actor_steps": 8},
@@ -1049,7 +1049,7 @@ def plot_adventure(shown):
 # tried at two lengths on a seed that is not shown.
 LENGTHS = (3, 6, 12, 24, 48)
 MOST_EPISODES = 2000
-MOST_ITERATIONS = 300
+MOST_ITERATIONS = 150
 DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 30_000, "gamma": 0.99}
 DOORS_TRIED = {
     "ArCHer": [
@@ -1291,11 +1291,11 @@ def plot_length(shown):
         y = [statistics.median(first(rows, 8) for rows in runs) for runs in lengths.values()]
         style = {"color": color, "marker": marker, "markersize": 6}
         upper.plot(x, [v if math.isfinite(v) else math.nan for v in y], label=method, **style)
-        for doors, v in zip(x, y, strict=True):
+        for doors, v, runs in zip(x, y, lengths.values(), strict=True):
             if not math.isfinite(v):
+                played = statistics.median(rows[-1][0] for rows in runs)
                 arrow = {"arrowstyle": "->", "color": color}
-                ends = (doors, 1.6 * MOST_EPISODES), (doors, 0.9 * MOST_EPISODES)
-                upper.annotate("", *ends, arrowprops=arrow)
+                upper.annotate("", (doors, 2 * played), (doors, played), arrowprops=arrow)
     upper.set(xscale="log", yscale="log", ylabel="episodes to 80 % of the reward")
     upper.legend(fontsize=8)
     wins = [
