@@ -944,9 +944,25 @@ def discount_table(path):
     return markdown(["gamma", "score of the best play", "detours left out"], rows)
 
 
+def demonstrations_table(path):
+    """What the demonstrators of the first seed shown earn, and how many see the last room."""
+    tutorial().Adventure.path = path
+    usual = tutorial().Adventure
+    rows = []
+    for kind, game in (("usual", usual), ("weak", weak(usual))):
+        episodes = game.demonstrations(ADVENTURE["demonstrations"], 0)
+        scores = [10 + 10 * sum(r for _, _, r, *_ in episode) for episode in episodes]
+        last = sum(any("Room # 30" in s2 for *_, s2, _ in episode) for episode in episodes)
+        row = [kind, len(episodes), statistics.mean(scores), max(scores), last]
+        rows.append([f"{x:.0f}" if isinstance(x, float) else x for x in row])
+    header = ["demonstrations", "episodes", "points", "best", "reach the room before the end"]
+    return markdown(header, rows)
+
+
 def adventure(path, file=HERE / "adventure.csv"):
     """path: of the game, detective.z5."""
     print(discount_table(path))
+    print(demonstrations_table(path))
     header = "demonstrations,method,seed,settings,measure,episodes,points,seconds"
 
     def key_of(run):
@@ -1059,7 +1075,7 @@ def plot_adventure(shown):
 LENGTHS = (3, 6, 12, 24, 48)
 MOST_EPISODES = 2000
 MOST_ITERATIONS = 150
-DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 30_000, "gamma": 0.99}
+DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 200_000, "gamma": 0.99}
 DOORS_TRIED = {
     "ArCHer": [
         {"episodes": 1},
