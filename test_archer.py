@@ -1204,6 +1204,7 @@ ZOO = {
         # The baseline sees the token whose value it gives. The actor learns little: the baseline
         # explains the advantage away.
         ("[:, -spoken.shape[1] - 1 : -1]", "[:, -spoken.shape[1] :]"),
+        ("hidden_states[-1]", "hidden_states[-2]"),  # of another layer. Learns a little worse.
     ],
     "test_exact_eq5_as_written": [
         # The baseline is added. Slower and noisier than without a baseline.
@@ -1496,12 +1497,12 @@ def test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only(models
     baseline = learner.baseline
     states = ["Welcome. Hall: nothing\n", "No. Study: key, note on cook\n"]
     said = [ids_of(actor, "go north"), ids_of(actor, "accuse butler")]
+    # With the weights of the language model's output for token 7, the head gives its logit.
+    baseline.head.load_state_dict({"weight": actor.model.lm_head.weight[7:8]}, strict=False)
     v, spoken = baseline(states, said)
     assert v.shape == spoken.shape == (2, 3)
-    assert torch.allclose(v[:1], baseline(states[:1], said[:1])[0], atol=1e-4)
-    for k in range(3):
-        other, _ = baseline(states[:1], [said[0][:k] + [7] * (3 - k)])
-        assert torch.isclose(other[0], v[0], atol=1e-4).tolist() == [i <= k for i in range(3)]
+    logits, _ = actor(*actor.join(states, said)[:2], keep=4)
+    assert torch.allclose(v, logits[:, :-1, 7] + baseline.head.bias, atol=1e-4)
 
     columns = list(zip(*learner.actor_examples(), strict=True))
     learner.loss_of_baseline(*columns).backward()

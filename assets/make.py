@@ -9,11 +9,13 @@ python assets/make.py study              study.csv, its figures and tables; take
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
-python assets/make.py adventure FILE     adventure.csv, adventure.png and its tables; FILE: the game
+python assets/make.py adventure FILE     adventure.csv, adventure.png, tables; FILE: detective.z5
+python assets/make.py adventure          the same from what has been played
 python assets/make.py length             length.csv, length.png and its table
 
-`signs`, `study` and `price` add what their files lack. To play everything again, delete the file
-first. `notebook` needs nbclient and ipykernel.
+`signs`, `study`, `price`, `adventure` and `length` add what their files lack, and say how long it
+will take. To play everything again, delete the file first. `notebook` needs nbclient and ipykernel,
+`adventure FILE` needs jericho.
 """
 
 import argparse
@@ -453,6 +455,12 @@ class Measurements:
         self.began = time.time()
 
 
+def own_settings(settings):
+    """Settings that only some methods have, and those of `Config`."""
+    own = {name: x for name, x in settings.items() if name in ("lam", "window")}
+    return own, {name: x for name, x in settings.items() if name not in own}
+
+
 def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **settings):
     """One run: rows of `Measurements`, at the start and `points` times, evenly spread.
 
@@ -471,7 +479,7 @@ def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **set
         taught = tutorial().best_tenth(demonstrations)
     archer.warm_start(actor, taught, c)
 
-    own = {name: settings.pop(name) for name in ("lam", "window") if name in settings}
+    own, settings = own_settings(settings)
     c = dataclasses.replace(c, **settings)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
     measurements = Measurements(GAMES[game], actor, player, seed)
@@ -796,6 +804,8 @@ def plot_capacity(groups):
 ADVENTURE = {"demonstrations": 400, "warm_start_steps": 700, "warmup_iterations": 8, "episodes": 16}
 TRIED = {
     "ArCHer": [
+        {"gamma": 0.99},
+        {"gamma": 0.995, "critic_steps": 100},
         {"gamma": 0.98, "critic_steps": 100, "actor_loss": "baseline"},
         {"gamma": 0.995, "critic_steps": 100, "actor_loss": "baseline"},
         {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline"},
@@ -882,8 +892,7 @@ def adventure_run(run):
     game = tutorial().Adventure
     game.path = path
     GAMES["adventure"] = {"usual": game, "weak": weak(game)}[kind]
-    own = {name: settings[name] for name in ("lam", "window") if name in settings}
-    settings = ADVENTURE | {name: x for name, x in settings.items() if name not in own}
+    own, settings = own_settings(ADVENTURE | settings)
     settings["iterations"] = (800 if seed == NOT_SHOWN else 1200) // settings["episodes"]
     began = time.time()
     c, actor, critic, demonstrations = archer.prepare(Config("adventure", seed, **settings))
@@ -905,9 +914,10 @@ def adventure_run(run):
     return rows
 
 
-# The first command of each detour of the game's known solution, and how many commands it has. All
-# but the first two lead into a room and out again; each earns ten points.
+# Commands of the known solution that earn nothing and lead nowhere.
 IDLE = ("read paper", "drop paper", "inventory", "read note")
+# Where a detour begins in the rest of it, and how many commands the detour has; each earns ten
+# points.
 DETOURS = ((0, 1), (5, 1), (1, 3), (7, 3), (10, 3), (18, 2), (24, 3), (33, 2), (35, 2))
 
 
@@ -929,8 +939,8 @@ def discount_table(path):
     plays = []
     for left_out in itertools.product((False, True), repeat=len(DETOURS)):
         skipped = set()
-        for (first_one, n), skip in zip(DETOURS, left_out, strict=True):
-            skipped |= set(range(first_one, first_one + n)) if skip else set()
+        for begin, n in itertools.compress(DETOURS, left_out):
+            skipped |= set(range(begin, begin + n))
         earned = points_of(path, [a for k, a in enumerate(solution) if k not in skipped])
         plays.append((sum(left_out), 10 + sum(earned), earned))
     rows = []
@@ -960,9 +970,17 @@ def demonstrations_table(path):
 
 
 def adventure(path, file=HERE / "adventure.csv"):
-    """path: of the game, detective.z5."""
-    print(discount_table(path))
-    print(demonstrations_table(path))
+    """path: of the game, detective.z5. Without one: tables and picture of what has been played."""
+    if path:
+        print(discount_table(path) + "\n\n" + demonstrations_table(path) + "\n")
+        play_adventure(path, file)
+    runs = read_adventure(file)
+    print(tried_table(runs) + "\n\n" + shown_table(shown_runs(runs)))
+    plot_adventure(shown_runs(runs))
+
+
+def play_adventure(path, file):
+    """Plays what the file lacks."""
     header = "demonstrations,method,seed,settings,measure,episodes,points,seconds"
 
     def key_of(run):
@@ -981,9 +999,6 @@ def adventure(path, file=HERE / "adventure.csv"):
             for method, settings in best.items()
         ]
         complete(file, header, runs, key_of, adventure_run, 5)
-    shown = shown_runs(read_adventure(file), best)
-    plot_adventure(shown)
-    print(adventure_tables(shown, best))
 
 
 def read_adventure(file):
@@ -996,73 +1011,84 @@ def read_adventure(file):
     return runs
 
 
-def last_fifth(played):
-    """The mean score of the last fifth of the episodes. played: of equally large iterations."""
+def last_fifth(run):
+    """The mean score of the last fifth of the episodes played."""
+    played = run["play"]
     return statistics.mean(score for _, score in played[-(len(played) // 5) :])
 
 
 def best_settings(runs):
     """{method: the settings with the best last fifth on the seed that is not shown}."""
-    return {
-        method: max(
-            tried, key=lambda x: last_fifth(runs["usual", method, NOT_SHOWN, words(x)]["play"])
-        )
-        for method, tried in TRIED.items()
-    }
+
+    def score(method, settings):
+        return last_fifth(runs["usual", method, NOT_SHOWN, words(settings)])
+
+    return {m: max(tried, key=functools.partial(score, m)) for m, tried in TRIED.items()}
 
 
-def shown_runs(runs, best):
-    """{demonstrations: {method: runs of the seeds}}"""
-    return {
-        kind: {m: [runs[kind, m, seed, words(x)] for seed in range(5)] for m, x in best.items()}
-        for kind in ("usual", "weak")
-    }
+def shown_runs(runs):
+    """{(demonstrations, method, settings): runs of the seeds}"""
+    shown = collections.defaultdict(list)
+    for (kind, method, seed, settings), run in runs.items():
+        if seed != NOT_SHOWN:
+            shown[kind, method, settings].append(run)
+    return shown
 
 
-def arrival(played, score):
+def arrival(run, score):
     """The episodes at the first of two iterations in a row with that score."""
-    for (episodes, now), (_, then) in itertools.pairwise(played):
+    for (episodes, now), (_, then) in itertools.pairwise(run["play"]):
         if min(now, then) >= score:
             return episodes
     return float("inf")
 
 
-def adventure_tables(shown, best):
+def tried_table(runs):
+    rows = []
+    for (_, method, seed, settings), run in runs.items():
+        if seed == NOT_SHOWN:
+            greedy = f"{run['greedy'][0][1]:.0f}"
+            rows.append([method, settings, f"{last_fifth(run):.1f}", greedy])
+    header = ["method", f"settings, tried on seed {NOT_SHOWN}"]
+    return markdown([*header, "points, last 160 of 800 episodes", "greedy"], sorted(rows))
+
+
+def shown_table(shown):
     paper = {"ArCHer": 276, "CHAI": 274, "filtered BC": 267}
-    text = []
-    for kind, methods in shown.items():
-        rows = []
-        for method, runs in methods.items():
-            ends = spread([last_fifth(run["play"]) for run in runs])
-            greedy = spread([run["greedy"][0][1] for run in runs])
-            first_at = spread([arrival(run["play"], 276) for run in runs])
-            about = words(best[method])
-            rows.append([method, about, ends, greedy, first_at, paper.get(method, "not shown")])
-        header = [f"{kind} demonstrations", "settings", "points, last 240 of 1,200 episodes"]
-        text.append(markdown([*header, "greedy", "episodes to 276", "paper"], rows))
-    return "\n\n".join(text)
+    rows = []
+    for (kind, method, settings), runs in shown.items():
+        measured = (
+            [last_fifth(run) for run in runs],
+            [run["greedy"][0][1] for run in runs],
+            [arrival(run, 276) for run in runs],
+        )
+        about = [kind, method, settings, len(runs), *map(spread, measured)]
+        rows.append([*about, paper.get(method, "not shown")])
+    header = ["demonstrations", "method", "settings", "seeds", "points, last 240 of 1,200 episodes"]
+    return markdown([*header, "greedy", "episodes to 276", "paper"], rows)
 
 
 def plot_adventure(shown):
     """A panel for each kind of demonstrations, a line a method: median and range of the seeds."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (kind, methods) in zip(
-        figure.subplots(1, 2, sharey=True), shown.items(), strict=True
-    ):
-        for method, runs in methods.items():
-            color, marker = LOOKS[method]
-            scores = list(zip(*([x for _, x in run["play"]] for run in runs), strict=True))
-            x = [episodes for episodes, _ in runs[0]["play"]]
-            label = {"label": method, "marker": marker, "markevery": 5, "markersize": 4}
-            axes.plot(x, [statistics.median(y) for y in scores], color=color, **label)
-            low, high = [min(y) for y in scores], [max(y) for y in scores]
-            axes.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
+    kinds = list(dict.fromkeys(kind for kind, _, _ in shown))
+    figure = Figure(figsize=(1 + 5 * len(kinds), 4), layout="constrained")
+    panels = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
+    for (kind, method, _), runs in shown.items():
+        color, marker = LOOKS[method]
+        scores = list(zip(*([score for _, score in run["play"]] for run in runs), strict=True))
+        x = [episodes for episodes, _ in runs[0]["play"]]
+        style = {"marker": marker, "markevery": 10, "markersize": 4, "color": color}
+        label = f"{method}: median and range of {len(runs)} seeds"
+        panels[kind].plot(x, [statistics.median(y) for y in scores], label=label, **style)
+        low = [min(y) for y in scores]
+        high = [max(y) for y in scores]
+        panels[kind].fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    for kind, axes in panels.items():
         axes.axhline(360, linestyle="--", label="all points", **BLACK)
         axes.axhline(276, linestyle=":", label="the paper's ArCHer", **BLACK)
-        axes.set_title(f"Detective, {kind} demonstrations")
-        axes.set_xlabel("episodes played")
-    figure.supylabel("points of an episode, sampled play", fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=7)
+        axes.set_title(f"the paper's Detective game, {kind} demonstrations", fontsize=10)
+        axes.set(xlabel="episodes played", ylabel="points of an episode, sampled play")
+        axes.legend(fontsize=8, loc="lower right")
     figure.savefig(HERE / "adventure.png", dpi=110)
 
 
@@ -1156,15 +1182,14 @@ class Doors(envs.TextGame):
         return self.right(self.position)
 
 
-for doors in LENGTHS:
-    settings = {"length": doors, "limit": 4 * doors}
-    GAMES[f"doors_{doors}"] = type(f"Doors{doors}", (Doors,), settings)
+GAMES |= {f"doors_{n}": type(f"Doors{n}", (Doors,), {"length": n, "limit": 4 * n}) for n in LENGTHS}
 
 
 def value_of_doors(actor, length, gamma):
-    """The exact V of the actor's own policy at every door, and 10 for what is behind the last.
+    """The exact V of the actor's own policy at every door, and what stands for V behind the last.
 
     Only the probability p of going on matters: V(door) = gamma (p V(door + 1) + (1 - p) V(0)).
+    Behind the last door is 10 / gamma, so that the same formula gives the reward of 10.
     """
     states = [f"Door {door}\n" for door in range(length)]
     ids = [actor.tokenizer.encode(Doors.right(door) + "\n") for door in range(length)]
@@ -1213,8 +1238,7 @@ def length_run(run):
     """Lines for length.csv, at episode counts that grow by a quarter, until 80 % are earned."""
     torch.set_num_threads(1)
     length, method, seed, settings = run
-    own = {name: settings[name] for name in ("lam", "window") if name in settings}
-    settings = DOORS | {name: x for name, x in settings.items() if name not in own}
+    own, settings = own_settings(DOORS | settings)
     c = Config(f"doors_{length}", seed, **settings)
     c = dataclasses.replace(c, iterations=min(MOST_ITERATIONS, MOST_EPISODES // c.episodes))
     c, actor, critic, demonstrations = archer.prepare(c)
@@ -1319,8 +1343,8 @@ def plot_length(shown):
         for doors, v, runs in zip(x, y, lengths.values(), strict=True):
             if not math.isfinite(v):
                 played = statistics.median(rows[-1][0] for rows in runs)
-                arrow = {"arrowstyle": "->", "color": color}
-                upper.annotate("", (doors, 2 * played), (doors, played), arrowprops=arrow)
+                arrow = {"color": color, "marker": "^", "markevery": [1], "linewidth": 1}
+                upper.plot([doors, doors], [played, 2 * played], **arrow)
     upper.set(xscale="log", yscale="log", ylabel="episodes to 80 % of the reward")
     upper.legend(fontsize=8)
     wins = [
@@ -1689,7 +1713,7 @@ def main():
     commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     commands.add_parser("study")
-    commands.add_parser("adventure").add_argument("path")
+    commands.add_parser("adventure").add_argument("path", nargs="?")
     commands.add_parser("length")
     commands.add_parser("price")
     commands.add_parser("speed")
