@@ -58,6 +58,8 @@ ROOT = HERE.parent
 TUTORIAL = ROOT / "tutorial.ipynb"
 BLACK = {"color": "black", "linewidth": 1}
 NOT_SHOWN = 100  # the seed on which settings are chosen
+FIVE = tuple(GAMES)  # the games of envs.py; this script adds others
+TWO = ("detective", "twenty_questions")  # the games on which settings are chosen
 LOOKS = {"ArCHer": ("#0072B2", "o"), "CHAI": ("#CC79A7", "s"), "filtered BC": ("#E69F00", "D")}
 LOOKS |= {"REINFORCE": ("#009E73", "^"), "PPO": ("#D55E00", "v")}
 
@@ -336,53 +338,12 @@ def tutorial():
 # ==================================================================================================
 
 
-class DetectiveLate(GAMES["detective"]):
-    """The detective game with all points at the accusation and noise on every reward.
-
-    The culprit is always the cook, so that what is hard is the way. The demonstrators are clumsier:
-    one in twenty of their episodes is won. The game was searched for, as one that suits ArCHer.
-    With two culprits, ArCHer and PPO both tended to accuse always the same one. With clumsier
-    demonstrators or a longer way, ArCHer learned nothing in the time that it was given.
-    """
-
-    hidden_things = ("cook",)
-    skill = 0.2
-    noise = 0.3
-
-    def reset(self, *, seed=None, options=None):
-        self.earned = 0.0
-        self.dice = random.Random(f"noise {seed}")
-        return super().reset(seed=seed, options=options)
-
-    def step(self, utterance):
-        observation, reward, terminated, truncated, info = super().step(utterance)
-        self.earned += reward
-        reward = self.noise * self.dice.gauss(0, 1)
-        if terminated:
-            reward += self.earned
-        return observation, reward, terminated, truncated, info
-
-
-class DetectiveNoisy(DetectiveLate):
-    """The same with three times the noise."""
-
-    noise = 1.0
-
-
-GAMES |= {"detective_late": DetectiveLate, "detective_noisy": DetectiveNoisy}
-
-
 def learn(game, actor, critic, demonstrations, c, report):
     """ArCHer, in the form of its rivals."""
     learner = archer.variant(c)(game, actor, critic, demonstrations, c)
     for _ in range(c.iterations):
         numbers = learner.iterate()
         report(numbers, learner.played)
-
-
-def learn_from_own_play(game, actor, critic, demonstrations, c, report):
-    """The buffer begins empty; the warm start has seen the demonstrations all the same."""
-    learn(game, actor, critic, [], c, report)
 
 
 def learn_with_one_critic(game, actor, critic, demonstrations, c, report):
@@ -408,7 +369,6 @@ def method_of(name):
         "ArCHer": learn,
         "exact advantage": learn,
         "permuted advantages": learn,
-        "own play only": learn_from_own_play,
         "one critic": learn_with_one_critic,
         "Monte-Carlo critic": learn_with_monte_carlo_critic,
     }
@@ -429,7 +389,7 @@ class Measurements:
 
     def __init__(self, game, actor, player, seed):
         """player: who is measured, the actor itself or a Reranker of it."""
-        self.game = type("WithoutNoise", (game,), {"noise": 0})
+        self.game = game
         self.act = actor.act
         self.player = player
         self.seed = seed
@@ -464,13 +424,19 @@ def own_settings(settings):
 def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **settings):
     """One run: rows of `Measurements`, at the start and `points` times, evenly spread.
 
-    Every method has the same warm start. size: layers and width of the actor. settings: of
-    `Config`, or the method's own.
+    Every method has the same warm start. size: layers and width of the actor, and the spread of its
+    initial weights. settings: of `Config`, or the method's own; the rest are the game's.
     """
-    c, actor, critic, demonstrations = archer.prepare(Config(env=game, seed=seed, offline=offline))
+    usual = Config(game, seed, offline=offline, **GAMES[game].settings)
+    own, settings = own_settings(settings)
+    c, actor, critic, demonstrations = archer.prepare(usual)
+    c = dataclasses.replace(c, **settings)
+    if not offline:
+        c = dataclasses.replace(c, iterations=STUDY_EPISODES // c.episodes)
     if size:
-        layers, width = size
+        layers, width, spread_of_weights = size
         config = actor.model.config.to_dict() | {"n_layer": layers, "n_embd": width}
+        config["initializer_range"] = spread_of_weights
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
         actor.model = model.eval().to(actor.model.device)
     warm_start_is_all = method == "BC" or (offline and method == "filtered BC")
@@ -479,8 +445,6 @@ def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **set
         taught = tutorial().best_tenth(demonstrations)
     archer.warm_start(actor, taught, c)
 
-    own, settings = own_settings(settings)
-    c = dataclasses.replace(c, **settings)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
     measurements = Measurements(GAMES[game], actor, player, seed)
     measurements.measure(500)
@@ -497,55 +461,51 @@ def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **set
     return measurements.rows
 
 
-# What each method does otherwise than ArCHer's defaults. For every method and game a few settings
-# were tried, a run each on seeds above 99; kept is what reached 80 % first and stayed. Tried were
-# ArCHer: 4, 8, 16 or 128 episodes; on detective_late 1, 2, 4, 8 or 16, with a buffer of 10,000 or
-#   60,000, and 50 or 100 critic steps.
-# CHAI: nothing but this.
-# filtered BC: 32 or 128 episodes, 8 steps of 3e-4 or 1e-4, the last 320 or 1,280 episodes; on
-#   detective_late 2, 8, 32 or 128 episodes, the last 160, 320 or 1,280.
-# REINFORCE: 32 or 128 episodes, steps of 3e-4 or 1e-3.
-# PPO: 32 or 128 episodes, steps of 3e-4 or 1e-3, lambda .95 or .99; on detective_late 8, 16, 32 or
-#   128 episodes, batches of 128 or 512, lambda .95 or .99.
-# The defaults were chosen on the detective game and Twenty Questions, partly with the seeds of the
-# study. ArCHer's and CHAI's buffer begins with demonstrations, filtered BC's window too; REINFORCE
-# and PPO cannot use their rewards, and take a time limit for an end.
-ONLINE = {
-    "twenty_questions": {
-        "ArCHer": {"episodes": 8, "iterations": 70},
-        "CHAI": {"episodes": 16, "iterations": 20},
-        "filtered BC": {
-            "episodes": 32,
-            "iterations": 60,
-            "actor_steps": 8,
-            "actor_lr": 1e-4,
-            "window": 320,
-        },
-        "REINFORCE": {"episodes": 32, "iterations": 80, "actor_lr": 1e-3},
-        "PPO": {"episodes": 32, "iterations": 60, "ppo_epochs": 4},
-    },
-    "detective_late": {
-        "ArCHer": {"episodes": 1, "iterations": 80},
-        "CHAI": {"episodes": 1, "iterations": 40},
-        "filtered BC": {"episodes": 2, "iterations": 160, "actor_steps": 8, "window": 160},
-        "REINFORCE": {"episodes": 128, "iterations": 30, "batch": 512},
-        "PPO": {"episodes": 32, "iterations": 50, "ppo_epochs": 4, "lam": 0.99},
-    },
+# All methods, games and seeds have so many episodes. ArCHer has its default settings, which were
+# chosen on the detective game and Twenty Questions. Of each rival's six, tried on the same two
+# games on a seed that is not shown, the one with the best mean of the last fifth is shown.
+# ArCHer's and CHAI's buffer begins with demonstrations, filtered BC's window too; REINFORCE and PPO
+# cannot use their rewards, and take a time limit for an end.
+STUDY_EPISODES = 2560
+STUDY_TRIED = {
+    "CHAI": [
+        {},
+        {"episodes": 16},
+        {"episodes": 64},
+        {"critic_steps": 100},
+        {"episodes": 16, "critic_steps": 100},
+        {"gamma": 0.95},
+    ],
+    "filtered BC": [
+        {"episodes": 32, "actor_steps": 8, "window": 320},
+        {"episodes": 32, "actor_steps": 8, "window": 320, "actor_lr": 1e-4},
+        {"episodes": 32, "actor_steps": 8, "window": 1280, "actor_lr": 1e-4},
+        {"episodes": 128, "actor_steps": 8, "window": 1280, "actor_lr": 1e-4},
+        {"episodes": 16, "actor_steps": 8, "window": 160, "actor_lr": 1e-4},
+        {"episodes": 32, "actor_steps": 16, "window": 320},
+    ],
+    "PPO": [
+        {"episodes": 32, "ppo_epochs": 4},
+        {"episodes": 32, "ppo_epochs": 4, "lam": 0.99},
+        {"episodes": 16, "ppo_epochs": 4},
+        {"episodes": 64, "ppo_epochs": 4},
+        {"episodes": 32, "ppo_epochs": 4, "actor_lr": 1e-4},
+        {"episodes": 32, "ppo_epochs": 4, "actor_lr": 1e-3},
+    ],
+    "REINFORCE": [
+        {"episodes": 32},
+        {"episodes": 32, "actor_lr": 1e-3},
+        {"episodes": 16},
+        {"episodes": 16, "actor_lr": 1e-3},
+        {"episodes": 64, "actor_lr": 1e-3},
+        {"episodes": 128, "actor_lr": 1e-3},
+    ],
 }
-LATE_PPO = ONLINE["detective_late"]["PPO"] | {"method": "PPO"}
-VARIED = {  # where the ratio comes from: demonstrations; the paper's episodes an iteration; noise
-    ("detective_late", "ArCHer, no episodes"): {"episodes": 0, "iterations": 80},
-    ("detective_late", "ArCHer, 16 an iteration"): {"episodes": 16, "iterations": 80},
-    ("detective_late", "ArCHer, 16 an iteration, own play only"): {
-        "method": "own play only",
-        "episodes": 16,
-        "iterations": 80,
-    },
-    ("detective_late", "ArCHer, 128 an iteration"): {"episodes": 128, "iterations": 40},
-    ("detective_late", "PPO, 1,024 an iteration"): LATE_PPO
-    | {"episodes": 1024, "iterations": 8, "batch": 512},
-    ("detective_noisy", "ArCHer"): {"episodes": 1, "iterations": 80},
-    ("detective_noisy", "PPO"): LATE_PPO,
+ABLATIONS = {  # of ArCHer on the detective game
+    "no target network": {"tau": 1.0},
+    "one critic": {"method": "one critic"},
+    "no warm-up": {"warmup_iterations": 0},
+    "Monte-Carlo critic": {"method": "Monte-Carlo critic"},
 }
 OFFLINE = {  # learned from the 2,000 demonstrations alone
     "IQL + AWR": {"critic_loss": "iql", "actor_loss": "awr"},
@@ -554,55 +514,66 @@ OFFLINE = {  # learned from the 2,000 demonstrations alone
     "filtered BC": {"method": "filtered BC"},
     "BC": {"method": "BC"},
 }
-ABLATIONS = {  # of ArCHer on detective_late
-    "ArCHer": {},
-    "about the last 48 episodes only": {"capacity": 1300},
-    "no target network": {"tau": 1.0},
-    "one critic": {"method": "one critic"},
-    "no warm-up": {"warmup_iterations": 0},
-    "Monte-Carlo critic": {"method": "Monte-Carlo critic"},
+# Actors of three sizes on twenty_questions_full. For each, rates and initial weights were tried.
+SIZES_TRIED = {
+    f"{layers} x {width}": [
+        {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate}
+        for spread, warm, rate in tried
+    ]
+    for (layers, width), tried in {
+        (1, 32): ((0.3, 4e-3, 3e-4), (0.2, 4e-3, 3e-4), (0.3, 8e-3, 6e-4), (0.2, 8e-3, 1e-3)),
+        (2, 64): ((0.2, 4e-3, 3e-4), (0.2, 2e-3, 3e-4), (0.2, 4e-3, 6e-4), (0.1, 4e-3, 3e-4)),
+        (4, 128): ((0.1, 2e-3, 3e-4), (0.1, 1e-3, 1e-4), (0.05, 2e-3, 2e-4), (0.1, 2e-3, 1e-4)),
+    }.items()
 }
-CITY = {"ArCHer": "reinforce", "token baseline": "baseline"}  # the game with long utterances
-SIZES = {"1 layer x 32": (1, 32), "2 layers x 64": (2, 64), "4 layers x 128": (4, 128)}
 
 
-def plan(file):
-    """The whole study: (part, game, name, seed, arguments of `compare`) a run.
+def tried_runs():
+    """(part, game, name, seed, settings) a run."""
+    runs = []
+    for method, tried in STUDY_TRIED.items():
+        for settings in tried:
+            for game in TWO:
+                runs.append(("tried", game, method, NOT_SHOWN, settings))
+    for size, tried in SIZES_TRIED.items():
+        for settings in tried:
+            runs.append(("sizes tried", "twenty_questions_full", size, NOT_SHOWN, settings))
+    return runs
 
-    file: of the demonstrations that the offline runs share.
-    """
+
+def shown_study(best):
+    """The same, of what is shown. best: {method or size: settings}."""
     runs = []
     for seed in range(5):
-        for game, methods in ONLINE.items():
-            for name, settings in methods.items():
-                arguments = {"method": name, "points": 20} | settings
-                runs.append(("online", game, name, seed, arguments))
-    for seed in range(3):
-        for (game, name), settings in VARIED.items():
-            runs.append(("varied", game, name, seed, settings))
+        for game in FIVE:
+            for method in LOOKS:
+                runs.append(("games", game, method, seed, best[method]))
         for name, settings in ABLATIONS.items():
-            arguments = ONLINE["detective_late"]["ArCHer"] | settings
-            runs.append(("ablations", "detective_late", name, seed, arguments))
-        for name, loss in CITY.items():
-            arguments = {"iterations": 24, "actor_loss": loss}
-            runs.append(("ablations", "guess_my_city", name, seed, arguments))
-        for name, size in SIZES.items():
-            runs.append(("capacity", "detective", name, seed, {"iterations": 30, "size": size}))
-    for seed in range(5):
+            runs.append(("ablations", "detective", name, seed, settings))
         for name, settings in OFFLINE.items():
-            arguments = {"offline": file, "iterations": 40, "points": 8} | settings
-            runs.append(("offline", "twenty_questions", name, seed, arguments))
-    return sorted(runs, key=lambda run: run[3])  # whoever stops early has whole seeds
+            runs.append(("offline", "twenty_questions", name, seed, settings))
+    for seed in range(3):
+        for size in SIZES_TRIED:
+            runs.append(("sizes", "twenty_questions_full", size, seed, best[size]))
+    return runs
 
 
 def study_run(run):
-    """A run of the study, on one thread: lines for study.csv."""
+    """A run of the study, on one thread: lines for study.csv. The seed's demonstrations of offline
+    runs are the same for all."""
     torch.set_num_threads(1)
-    part, game, name, seed, arguments = run
+    part, game, name, seed, settings = run
+    arguments = {"method": name} if name in LOOKS else {}
+    arguments |= settings
     lines = []
-    for episodes, utterances, seconds, value in compare(game, seed, **arguments):
-        numbers = (episodes, utterances, f"{seconds:.1f}", f"{value:.3f}")
-        lines.append((part, game, name, seed, *numbers))
+    with tempfile.TemporaryDirectory() as folder:
+        if part == "offline":
+            arguments |= {"offline": f"{folder}/demonstrations.jsonl", "points": 8}
+            shared = GAMES[game].demonstrations(Config().demonstrations, 0)
+            archer.write_json(Path(arguments["offline"]), shared)
+        for episodes, utterances, seconds, value in compare(game, seed, **arguments):
+            numbers = (episodes, utterances, f"{seconds:.1f}", f"{value:.3f}")
+            lines.append((part, game, name, seed, words(settings), *numbers))
     return lines
 
 
@@ -629,43 +600,69 @@ def complete(path, header, runs, key_of, work, minutes):
 
 def study(file=HERE / "study.csv"):
     """Runs what study.csv lacks, draws, and prints the tables."""
-    with tempfile.TemporaryDirectory() as folder:
-        shared = Path(folder, "demonstrations.jsonl")
-        game = GAMES["twenty_questions"]
-        archer.write_json(shared, game.demonstrations(Config().demonstrations, 0))
-        header = "part,game,name,seed,episodes,utterances,seconds,return"
-        complete(file, header, plan(str(shared)), lambda run: run[:4], study_run, 3)
-    groups = read_study(file)
-    plot_online(groups)
-    plot_offline(groups)
-    plot_ablations(groups)
-    plot_capacity(groups)
-    print(online_table(groups))
-    for part in ("offline", "ablations", "capacity"):
-        print("\n" + end_table(groups, part))
+    header = "part,game,name,seed,settings,episodes,utterances,seconds,return"
+
+    def key_of(run):
+        *rest, settings = run
+        return (*rest, words(settings))
+
+    complete(file, header, tried_runs(), key_of, study_run, 2)
+    best = best_of_study(read_study(file))
+    complete(file, header, shown_study(best), key_of, study_run, 3)
+    runs = read_study(file)
+    shown = collections.defaultdict(list)
+    for part, game, name, seed, settings in shown_study(best):
+        shown[part, game, name].append(runs[part, game, name, seed, words(settings)])
+    shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
+    plot_methods(shown)
+    plot_offline(shown)
+    plot_ablations(shown)
+    plot_sizes(shown)
+    print(tried_in_study(runs) + "\n\n" + methods_table(shown))
+    for part in ("offline", "ablations", "sizes"):
+        print("\n" + end_table(shown, part))
 
 
 def read_study(file):
-    """{(part, game, name): {seed: rows of [episodes, utterances, seconds, share of the gap]}}.
+    """{(part, game, name, seed, settings): rows of [episodes, utterances, seconds, share]}.
 
-    The gap lies between the warm start of the seed, the same for every method, and the optimum.
+    share: of the gap between the start and the optimum. A seed's start is the lowest of its runs,
+    all of which begin alike but for filtered BC offline.
     """
-    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    runs = collections.defaultdict(list)
     with file.open() as lines:
         for row in csv.DictReader(lines):
-            numbers = [float(row[key]) for key in ("episodes", "utterances", "seconds", "return")]
-            groups[row["part"], row["game"], row["name"]][int(row["seed"])].append(numbers)
-    usual = ("ArCHer", "ArCHer, 128 an iteration", "BC", "2 layers x 64")  # begin as all others do
+            key = (row["part"], row["game"], row["name"], int(row["seed"]), row["settings"])
+            numbers = [float(row[x]) for x in ("episodes", "utterances", "seconds", "return")]
+            runs[key].append(numbers)
     start = {}
-    for (part, game, name), seeds in groups.items():
-        if name in usual:
-            start |= {(part, game, seed): rows[0][3] for seed, rows in seeds.items()}
-    for (part, game, _), seeds in groups.items():
-        for seed, rows in seeds.items():
-            low = start.get((part, game, seed), rows[0][3])
-            for row in rows:
-                row[3] = (row[3] - low) / (GAMES[game].optimal_return() - low)
-    return {run[:3]: groups[run[:3]] for run in plan("") if run[:3] in groups}
+    for (part, game, _, seed, _), rows in runs.items():
+        key = (part, game, seed)
+        start[key] = min(rows[0][3], start.get(key, math.inf))
+    for (part, game, _, seed, _), rows in runs.items():
+        low = start[part, game, seed]
+        for row in rows:
+            row[3] = (row[3] - low) / (GAMES[game].optimal_return() - low)
+    return runs
+
+
+def end_of(rows):
+    """The mean of the last fifth of the measurements."""
+    return statistics.mean(row[3] for row in rows[-(len(rows) // 5) :])
+
+
+def best_of_study(runs):
+    """{method or size: its settings with the best end; of a method, the mean of two games}."""
+
+    def end(name, settings):
+        key = (name, NOT_SHOWN, words(settings))
+        if name in SIZES_TRIED:
+            return end_of(runs["sizes tried", "twenty_questions_full", *key])
+        return statistics.mean(end_of(runs["tried", game, *key]) for game in TWO)
+
+    tried = STUDY_TRIED | SIZES_TRIED
+    best = {name: max(x, key=functools.partial(end, name)) for name, x in tried.items()}
+    return {"ArCHer": {}} | best
 
 
 def first(rows, share, column=0):
@@ -683,64 +680,73 @@ def spread(values, digits=0):
     return "{} ({} to {})".format(*text) if len(set(text)) > 1 else text[0]
 
 
-def online_table(groups):
+def tried_in_study(runs):
+    """What every setting came to."""
+    ends = collections.defaultdict(list)
+    for (part, _, method, _, settings), rows in runs.items():
+        if part.endswith("tried"):
+            ends[method, settings].append(f"{end_of(rows):.2f}")
+    tried = [[*key, ", ".join(values)] for key, values in sorted(ends.items())]
+    return markdown(["method or size", "settings", "gap closed, on each game"], tried)
+
+
+def methods_table(shown):
+    """A row a game and method."""
     rows = []
-    for (part, game, name), seeds in groups.items():
-        if part in ("online", "varied"):
-            row = [f"`{game}`", name]
-            arrived = [run for run in seeds.values() if first(run, 0.8) < float("inf")]
-            row.append(f"{len(seeds)}, {len(arrived)}")
-            for share, column in ((0.5, 0), (0.8, 0), (0.9, 0), (0.8, 1), (0.8, 2)):
-                row.append(spread([first(run, share, column) for run in seeds.values()]))
-            rows.append([*row, spread([run[-1][3] for run in seeds.values()], 2)])
-    header = ["game", "method", "seeds, at 80 %", "episodes to 50 %", "to 80 %", "to 90 %"]
-    header += ["utterances to 80 %", "seconds to 80 %", "gap closed at the end"]
+    for (part, game, name), runs in shown.items():
+        if part == "games":
+            row = [f"`{game}`", name, spread([end_of(run) for run in runs], 2)]
+            for share, column in ((0.5, 0), (0.8, 0), (0.8, 2)):
+                row.append(spread([first(run, share, column) for run in runs]))
+            rows.append([*row, spread([run[-1][2] for run in runs])])
+    gap = "gap closed, last fifth: median (lowest to highest)"
+    header = ["game", "method", gap, "episodes to 50 %", "to 80 %", "seconds to 80 %", "in all"]
     return markdown(header, rows)
 
 
-def end_table(groups, wanted):
+def end_table(shown, wanted):
     rows = []
-    for (part, game, name), seeds in groups.items():
+    for (part, game, name), runs in shown.items():
         if part == wanted:
-            halves = [[row[3] for row in run[len(run) // 2 :]] for run in seeds.values()]
+            halves = [[row[3] for row in run[len(run) // 2 :]] for run in runs]
             end = spread([half[-1] for half in halves], 2)
             mean = spread([statistics.mean(half) for half in halves], 2)
-            rows.append([f"`{game}`", name, len(seeds), end, mean])
+            rows.append([f"`{game}`", name, len(runs), end, mean])
     header = ["game", "run", "seeds", "gap closed at the end", "mean of the second half"]
     return markdown(header, rows)
 
 
-def plot_seeds(axes, seeds, column, **style):
+def plot_seeds(axes, runs, column, **style):
     """The median of the seeds' shares over what was spent, and the range of the seeds."""
-    points = range(1, min(map(len, seeds.values())))  # not the start: 0 has no logarithm
-    x = [statistics.median(rows[k][column] for rows in seeds.values()) for k in points]
-    y = [sorted(rows[k][3] for rows in seeds.values()) for k in points]
+    points = range(min(map(len, runs)))
+    x = [statistics.median(rows[k][column] for rows in runs) for k in points]
+    y = [sorted(rows[k][3] for rows in runs) for k in points]
     axes.plot(x, [statistics.median(v) for v in y], markersize=4, **style)
     low = [v[0] for v in y]
     high = [v[-1] for v in y]
     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def plot_online(groups):
-    """A row a game, a column a currency: episodes, utterances, seconds."""
-    units = ["episodes played", "utterances generated, in games and outside", "seconds on one core"]
-    figure = Figure(figsize=(11, 3.4 * len(ONLINE)), layout="constrained")
-    panels = figure.subplots(len(ONLINE), len(units), squeeze=False)
-    for row, game in zip(panels, ONLINE, strict=True):
-        row[0].set_ylabel("share of the gap closed")
-        for column, (axes, unit) in enumerate(zip(row, units, strict=True)):
-            for name, (color, marker) in LOOKS.items():
-                seeds = groups["online", game, name]
-                plot_seeds(axes, seeds, column, label=name, color=color, marker=marker)
-            axes.axhline(1, linestyle="--", **BLACK)
-            axes.set(xscale="log", xlabel=unit, ylim=(-1.25, 1.1), title=game)
-            axes.tick_params(axis="x", which="minor", labelbottom=False)
-    labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=len(LOOKS))
-    figure.savefig(HERE / "online.png", dpi=110)
+def plot_methods(shown):
+    """A panel a game: the share of the gap against episodes."""
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    *panels, last = figure.subplots(2, 3).flat
+    last.axis("off")
+    for axes, game in zip(panels, FIVE, strict=True):
+        for name, (color, marker) in LOOKS.items():
+            runs = shown["games", game, name]
+            plot_seeds(axes, runs, 0, label=name, color=color, marker=marker)
+        axes.axhline(1, linestyle="--", label="optimum", **BLACK)
+        axes.axhline(0, linestyle=":", label="warm start", **BLACK)
+        axes.set(xlabel="episodes played", ylim=(-0.5, 1.1), title=game)
+    panels[0].set_ylabel("share of the gap closed, sampled play")
+    panels[3].set_ylabel("share of the gap closed, sampled play")
+    last.legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
+    last.text(0, 0.05, "lines: median of five seeds; shades: their range", fontsize=9)
+    figure.savefig(HERE / "methods.png", dpi=110)
 
 
-def plot_offline(groups):
+def plot_offline(shown):
     """A row a method: every seed's share of the gap, beside the paper's number of a harder game."""
     paper = {"IQL + AWR": -14.1, "SARSA + AWR": -14.5, "IQL + REINFORCE": -20.0}
     paper |= {"filtered BC": -15.4, "BC": -16.8}
@@ -748,7 +754,7 @@ def plot_offline(groups):
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for y, name in enumerate(names):
-        ends = [rows[-1][3] for rows in groups["offline", "twenty_questions", name].values()]
+        ends = [rows[-1][3] for rows in shown["offline", "twenty_questions", name]]
         axes.plot(ends, [y] * len(ends), "o", color="#0072B2", alpha=0.6)
         axes.plot(statistics.median(ends), y, "|", color="black", markersize=20)
     labels = [f"{name}\n(paper {paper[name]})" for name in names]
@@ -760,38 +766,38 @@ def plot_offline(groups):
     figure.savefig(HERE / "offline.png", dpi=110)
 
 
-def plot_ablations(groups):
+def plot_ablations(shown):
     """A panel a run, a line a seed."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = figure.subplots(2, 4, sharey=True).flat
-    keys = [key for key in groups if key[0] == "ablations"]
-    for axes, key in zip(panels, keys, strict=True):
-        for rows in groups[key].values():
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    panels = figure.subplots(1, 1 + len(ABLATIONS), sharey=True)
+    for axes, name in zip(panels, ("ArCHer", *ABLATIONS), strict=True):
+        for rows in shown["ablations", "detective", name]:
             x = [row[0] for row in rows]
             axes.plot(x, [row[3] for row in rows], color="#0072B2", alpha=0.7)
         axes.axhline(1, linestyle="--", **BLACK)
         axes.axhline(0, linestyle=":", **BLACK)
-        axes.set_title(f"{key[2]}\n{key[1]}", fontsize=9)
+        axes.set_title(name, fontsize=9)
         axes.set_xlabel("episodes played", fontsize=8)
         axes.set_ylim(-0.8, 1.1)
-    figure.supylabel("share of the gap closed", fontsize=9)
+    panels[0].set_ylabel("share of the gap closed", fontsize=9)
     figure.savefig(HERE / "ablations.png", dpi=110)
 
 
-def plot_capacity(groups):
+def plot_sizes(shown):
     """Actors of three sizes: the median of the seeds and their range."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     looks = (("o", "#E69F00"), ("s", "#0072B2"), ("D", "#009E73"))
-    for name, (marker, color) in zip(SIZES, looks, strict=True):
-        seeds = groups["capacity", "detective", name]
-        plot_seeds(left, seeds, 0, label=name, marker=marker, color=color)
-        plot_seeds(right, seeds, 2, label=name, marker=marker, color=color)
+    for size, (marker, color) in zip(SIZES_TRIED, looks, strict=True):
+        runs = shown["sizes", "twenty_questions_full", size]
+        label = f"{size} (layers x width)"
+        plot_seeds(left, runs, 0, label=label, marker=marker, color=color)
+        plot_seeds(right, runs, 2, label=label, marker=marker, color=color)
     left.set(xlabel="episodes played", ylabel="share of the gap closed")
-    left.set_title("detective: size of the actor")
+    left.set_title("twenty_questions_full: size of the actor")
     left.legend(fontsize=8)
     right.set(xlabel="seconds on one core", title="the same against time")
-    figure.savefig(HERE / "capacity.png", dpi=110)
+    figure.savefig(HERE / "sizes.png", dpi=110)
 
 
 # ==================================================================================================
@@ -1036,10 +1042,12 @@ def shown_runs(runs):
 
 
 def arrival(run, score):
-    """The episodes at the first of two iterations in a row with that score."""
-    for (episodes, now), (_, then) in itertools.pairwise(run["play"]):
-        if min(now, then) >= score:
-            return episodes
+    """The episodes played when the last 32 of them first have that mean score."""
+    played = run["play"]
+    n = 32 // played[0][0]
+    for k in range(n, len(played) + 1):
+        if statistics.mean(earned for _, earned in played[k - n : k]) >= score:
+            return played[k - 1][0]
     return float("inf")
 
 
