@@ -2,26 +2,26 @@
 
 Two learners alternate. A critic learns off-policy, from a replay buffer, the values of whole
 utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy gradient
-whose reward is the critic's advantage (Eq. 3).
+(Eq. 3), in which the critic's advantage weights all tokens of an utterance.
 
     python archer.py                          the detective game, a tiny GPT-2, a minute or two
     python archer.py --env twenty_questions   another game, a few minutes
     python archer.py --preset pretrained      a language model of 135M parameters, an hour
     python archer.py --help                   every setting
 
-On one GPU, with the paper's models, and the settings of the paper and its released code:
+On one GPU, with the paper's models and most of its settings (not yet run there):
 
-    python archer.py --preset paper --env twenty_questions_full
+    python archer.py --preset paper --env twenty_questions_full --micro-batch 16
 
-The first half is the algorithm, in the paper's order; it ends with `ArCHer`, which is Algorithm 1.
-The second half is the workshop: variants (Eqs. 4 to 7, PPO), models, files, the command line. On a
+The first half is the algorithm: models, the losses of Eqs. 1 to 3, and `ArCHer`, Algorithm 1. The
+second half is the workshop: variants (Eqs. 4 to 7, PPO), models, files, the command line. On a
 first reading it can be skipped.
 Left out: LoRA, several GPUs.
 
 Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
-state (s' in the paper), A an advantage. In shapes, B is the batch, T counts the tokens of a text, L
-those of an utterance, H is the width of the encoder; [2, B] has a row for each member of the double
-critic.
+state (s' in the paper), A an advantage. In shapes, B is the batch, T the tokens of its longest
+text, L those of its longest utterance, h the width of the encoder; [2, B] has a row for each member
+of the double critic. `spoken`, [B, L], is the mask of a batch's utterances.
 """
 
 import collections
@@ -91,7 +91,7 @@ class Config:
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
     baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
     ppo_epochs: int = setting(3, "steps on the same utterances; 1: the gradient of Eq. 3")
-    ppo_clip: float = setting(0.2, "of a token's ratio; 0: one epoch only, huge: no clipping")
+    ppo_clip: float = setting(0.2, "of a token's ratio; small: only epoch 1, huge: no clipping")
     awr_beta: float = setting(1.0, "0: clones all logged utterances, large: those with A > 0")
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
@@ -132,10 +132,10 @@ def pad(sequences, fill, device, side):
 
     fill: the id at padding. side: "left" or "right". No sequence may be empty.
     """
-    sequences = [torch.tensor(ids) for ids in sequences]
-    ids = nn.utils.rnn.pad_sequence(sequences, True, -1, padding_side=side).to(device)
-    mask = (ids >= 0).long()  # padding is -1 so far
-    return ids.masked_fill(mask == 0, fill), mask
+    rows = [torch.tensor(ids) for ids in sequences]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
+    mask = (ids >= 0).long()  # not `ids != fill`: a real end token may have that id
+    return ids.masked_fill(mask == 0, fill).to(device), mask.to(device)
 
 
 def split(items, size):
@@ -151,11 +151,11 @@ class Actor(nn.Module):
 
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
-    gap. Position ids skip the padding, so that a row does not depend on its batch mates. Never call
-    `train()`: with dropout, what is scored would not be what was sampled.
+    gap. Position ids skip the padding, so that a row does not depend on its batch mates. Dropout
+    stays off (never call `train()`), so that what is scored is what was sampled.
     """
 
-    bfloat16 = False  # inside the model; softmax and losses are in float32; set by `build`
+    autocast = False  # bfloat16 inside the model; softmax and losses in float32; set by `build`
     rows = 512  # the batch size of generation; set by `build`
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
@@ -167,7 +167,7 @@ class Actor(nn.Module):
         # The last tokens of a state. Cached: do not change the list.
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
-        # The tokens that end an utterance, and transformers' name for the cache.
+        # Ids of the tokens that end an utterance (a buffer), and transformers' name for the cache.
         self.ends, self.cache_name = conventions(model, tokenizer)
 
     def forward(self, ids, mask, keep, cache=None):
@@ -177,12 +177,16 @@ class Actor(nn.Module):
         """
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding does not count
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.model(**x, **{self.cache_name: cache}, use_cache=True, logits_to_keep=keep)
-        return out.logits[:, -keep:].float(), out[self.cache_name]  # some models keep all logits
+        # Some models ignore `logits_to_keep`.
+        return out.logits[:, -keep:].float(), out[self.cache_name]
 
     def act(self, states, greedy=False):
-        """Samples an utterance at each state. Returns texts and token ids (see Transition)."""
+        """Samples an utterance at each state; greedy: the likeliest token each time. No gradients.
+
+        Returns a list of texts, without the newline, and one of token ids, with the end token.
+        """
         token_ids = [ids for part in split(states, self.rows) for ids in self.speak(part, greedy)]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [text.split("\n")[0] for text in texts], token_ids
@@ -194,9 +198,9 @@ class Actor(nn.Module):
         # An empty state becomes a newline: the utterance must have something before it.
         ids, mask = pad([self.tokens_of(s or "\n") for s in index], 0, self.model.device, "left")
         logits, cache = self(ids, mask, keep=1)  # reads each distinct state once
-        copies = torch.tensor([index[s] for s in states], device=ids.device)
-        cache.reorder_cache(copies)  # repeats rows: from here on one per state
-        logits, mask = logits[copies], mask[copies]
+        row_of = torch.tensor([index[s] for s in states], device=ids.device)
+        cache.reorder_cache(row_of)  # repeats rows: from here on one per state
+        logits, mask = logits[row_of], mask[row_of]
         tokens = torch.full((len(states), self.utterance_tokens), -1, device=ids.device)
         # `tokens` has a row per state; logits, mask and cache only have the rows of `active`.
         active = torch.arange(len(states), device=ids.device)  # those that have not ended
@@ -216,16 +220,17 @@ class Actor(nn.Module):
     def join(self, states, token_ids):
         """Each state and its utterance as one sequence: ids and mask, [B, T], and `spoken`, [B, L].
 
-        Utterances stand at the right edge. spoken is 1 at their tokens, 0 at padding.
+        Utterances stand at the right edge. spoken is 1 at their tokens, 0 to the left of these.
         """
-        sequences = [self.tokens_of(s or "\n") + a for s, a in zip(states, token_ids, strict=True)]
+        rows = [self.tokens_of(s or "\n") + ids for s, ids in zip(states, token_ids, strict=True)]
         _, spoken = pad(token_ids, 0, self.model.device, "left")
-        return *pad(sequences, 0, self.model.device, "left"), spoken
+        return *pad(rows, 0, self.model.device, "left"), spoken
 
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
 
-        Returns log-probabilities, valid only where spoken is 1, and spoken: [B, L] each.
+        token_ids: as they were sampled; a text that is tokenised again may have others. Returns
+        log-probabilities, valid only where spoken is 1, and spoken: [B, L] each.
         """
         ids, mask, spoken = self.join(states, token_ids)
         L = spoken.shape[1]
@@ -246,7 +251,7 @@ def value_head(inputs, h):
 class DoubleCritic(nn.Module):
     """Q1, Q2, V1 and V2: four heads on one encoder, which reads state and utterance separately."""
 
-    bfloat16 = False  # inside the encoder; values and losses are in float32; `build` sets it
+    autocast = False  # bfloat16 inside the encoder; values and losses in float32; set by `build`
 
     def __init__(self, encoder, tokenizer):
         """tokenizer: needs a `model_max_length`, and `truncation_side="left"`; the usual side,
@@ -260,17 +265,17 @@ class DoubleCritic(nn.Module):
         self.v_heads = nn.ModuleList([value_head(h, h), value_head(h, h)])
 
     def embed(self, texts):
-        """[B, H]. Distinct texts are encoded once, 64 of similar length at a time: less padding."""
+        """[B, h]. Distinct texts are encoded once, 64 of similar length at a time: less padding."""
         parts = split(sorted(dict.fromkeys(texts), key=len), 64)
         e = {text: x for part in parts for text, x in zip(part, self.pool(part), strict=True)}
         return torch.stack([e[text] for text in texts])
 
     def pool(self, texts):
-        """[B, H]: the mean over a text's tokens, special ones included. The released code takes
+        """[B, h]: the mean over a text's tokens, special ones included. The released code takes
         the encoder's `pooler_output`."""
         sequences = [self.tokens_of(text or "\n") for text in texts]  # "" may have no tokens
         ids, mask = pad(sequences, self.tokenizer.pad_token_id or 0, self.encoder.device, "right")
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
@@ -290,7 +295,7 @@ class DoubleCritic(nn.Module):
 
 @torch.no_grad()
 def soft_update(target, online, tau):
-    """target <- (1 - tau) target + tau online, parameter by parameter."""
+    """target <- (1 - tau) target + tau online, parameter by parameter, after every critic step."""
     for t, o in zip(target.parameters(), online.parameters(), strict=True):
         t.lerp_(o, tau)
 
@@ -298,32 +303,36 @@ def soft_update(target, online, tau):
 def q_loss(q, r, done, next_v, gamma):
     """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
-    q, next_v: [2, B]; each Q has its own V. r, done: [B]; done is 0 or 1. next_v comes from the
-    target network. Returns a mean over B, summed over the two heads.
+    q, next_v: [2, B]; row k of q learns from row k of next_v, without a minimum. next_v comes from
+    the target network. r, done: [B]; done is 1 where the task ended, 0 elsewhere, also at a time
+    limit. Returns a mean over B, summed over the two heads.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
 
 
 def v_loss(v, fresh_q):
-    """V learns the Q of an utterance sampled from the present actor, not of the logged one (Eq. 2).
+    """V learns the Q of an utterance sampled from the current actor, not of the logged one (Eq. 2).
 
-    v, fresh_q: [2, B]; each V has its own Q. fresh_q comes from the target network. Returns a mean
-    over B, summed over the two heads.
+    v, fresh_q: [2, B]; row k of v learns from row k of fresh_q, from the target network. Returns a
+    mean over B, summed over the two heads.
     """
     return (v - fresh_q.detach()).pow(2).mean(1).sum()
 
 
 def advantage(q, v):
-    """min(Q1, Q2) - min(V1, V2), [2, B] each -> [B]. The minimum of two reduces overestimation."""
+    """min(Q1, Q2) - min(V1, V2) of the online critic, [2, B] each -> [B].
+
+    The minimum of two reduces overestimation.
+    """
     return q.min(0).values - v.min(0).values
 
 
 def actor_loss(log_p, spoken, A):
     """The policy gradient: -A times the SUM of an utterance's log-probabilities (Eq. 3).
 
-    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; log_p must be finite
-    at padding, too. A: [B].
+    Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; log_p must be finite where
+    spoken is 0, too. A: [B], not [B, 1]. Returns a mean over B.
     """
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
@@ -331,8 +340,8 @@ def actor_loss(log_p, spoken, A):
 def descend(loss_of, examples, optimizer, c):
     """One clipped step on a loss that is a mean over examples. Returns the loss, detached.
 
-    examples: a list of tuples. loss_of: takes a tuple for each of their fields; returns a loss, or
-    a vector of losses whose sum is minimised. c.clip: the largest gradient norm.
+    examples: a list of tuples (x, y, ...). loss_of(xs, ys, ...): returns a loss, or a vector of
+    losses whose sum is minimised. c.clip: the largest gradient norm.
     c.micro_batch: examples per backward pass; the gradients add up to the same step, in less
     memory. optimizer: of one network, in one group. Raises FloatingPointError before a gradient
     that is not finite is used.
@@ -342,7 +351,7 @@ def descend(loss_of, examples, optimizer, c):
     for chunk in split(examples, c.micro_batch or len(examples)):
         loss = loss_of(*zip(*chunk, strict=True)) * len(chunk) / len(examples)
         loss.sum().backward()
-        total = total + loss.detach()
+        total += loss.detach()
     # The norm is of this optimizer's network alone: actor and critic are clipped separately.
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.clip)
     if not norm.isfinite():
@@ -381,9 +390,10 @@ class ArCHer:
         for _ in range(c.iterations):
             print(learner.iterate())
 
-    With `c.episodes` of 0 it learns offline. The methods `loss_of_...` compute a network's loss by
-    the function `..._loss`. `state_dict` covers all that an iteration changes: on a CPU, and in
-    games that draw from their seed alone, a resumed run equals an uninterrupted one bit for bit.
+    With `c.episodes` of 0 it learns offline. The losses are functions of tensors; the methods
+    `loss_of_...` and `critic_losses` feed them. `state_dict` covers all that an iteration changes:
+    on a CPU, and in games that draw from their seed alone, a resumed run equals an uninterrupted
+    one bit for bit.
     """
 
     # The attributes that have a state_dict of their own.
@@ -400,13 +410,13 @@ class ArCHer:
         self.actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr, fused=True)
         self.buffer = ReplayBuffer(c.capacity, c.seed)  # (Alg. 1, line 2)
-        self.buffer.add(t for episode in demonstrations for t in episode)
+        self.buffer.add(t for e in demonstrations for t in e)  # the last `capacity` turns stay
         self.iteration = 0
 
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # The buffer's generator also seeds the games. (Alg. 1, lines 4-7)
+        # One generator seeds games, samples and shuffles. (Alg. 1, lines 4-7)
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
@@ -421,24 +431,28 @@ class ArCHer:
             critic_updates.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
             soft_update(self.target, self.critic, c.tau)  # (Alg. 1, lines 12-15)
 
-        # (Alg. 1, lines 20-23; lines 16-19 are in WithBaseline)
+        # No actor steps in the warm-up. (Alg. 1, lines 20-23; lines 16-19 are in WithBaseline)
         steps = c.actor_steps if self.iteration >= c.warmup_iterations else 0
         actor_updates = [self.actor_step() for _ in range(steps)]
         self.iteration += 1
         return metrics(self, critic_updates, actor_updates)
 
     def utterances_for_v(self, transitions):
-        """For Eq. 2, what the present actor says at each state."""
+        """For Eq. 2, what the current actor says at each state."""
         return self.actor.act([t.s for t in transitions])[0]
 
-    def critic_losses(self, batch, utterances):
-        """J_Q and J_V, stacked: [2]. batch: transitions; utterances: one for each, at its state."""
-        s, a, _, r, s2, done = zip(*batch, strict=True)
+    def critic_losses(self, transitions, utterances):
+        """J_Q and J_V: [2]. The critic descends on their sum.
+
+        utterances: one for each transition, sampled from the current actor at its state.
+        """
+        s, a, _, r, s2, done = zip(*transitions, strict=True)
         q, v = self.critic(s, a)
         e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).split(len(s))
         next_v = self.target.v(e_s2)
         fresh_q = self.target.q(e_s, e_fresh)
-        r, done = torch.tensor([r, done], device=q.device)  # [B] each; done as 0 or 1
+        r = torch.tensor(r, device=q.device)
+        done = torch.tensor(done, device=q.device).float()
         return torch.stack([q_loss(q, r, done, next_v, self.c.gamma), self.loss_of_v(v, fresh_q)])
 
     def actor_step(self):
@@ -448,7 +462,7 @@ class ArCHer:
 
     @torch.no_grad()
     def actor_examples(self):
-        """Tuples (s, token ids, A): states from the buffer, utterances from the present actor.
+        """Tuples (s, token ids, A): states from the buffer, utterances from the current actor.
 
         Easy to overlook: the logged utterances play no part in the policy gradient. A, a scalar
         tensor, is neither centred nor scaled, as in the paper: if all of a batch are negative, all
@@ -459,7 +473,8 @@ class ArCHer:
         return list(zip(s, token_ids, advantage(*self.critic(s, a)), strict=True))
 
     def loss_of_actor(self, s, token_ids, A):
-        return actor_loss(*self.actor.log_probs(s, token_ids), torch.stack(A))
+        log_p, spoken = self.actor.log_probs(s, token_ids)
+        return actor_loss(log_p, spoken, torch.stack(A))
 
     def state_dict(self):
         """Tensors and plain values: `torch.load(..., weights_only=True)` reads them."""
@@ -502,10 +517,12 @@ def expectile_loss(v, q, expectile):
     """V learns an expectile of Q over logged utterances; near 1, that of the best (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
-    The paper, in the transcription that we have, has V - Q, which would give a low expectile.
+    Our transcription of Eq. 6 has V - Q, which would give a low expectile.
+    Returns a mean over B, summed over the two heads.
     """
     u = q.detach() - v
-    return ((expectile - (u < 0).to(u)).abs() * u.pow(2)).mean(1).sum()
+    weight = (expectile - (u < 0).to(u)).abs()
+    return (weight * u.pow(2)).mean(1).sum()
 
 
 def awr_loss(log_p, spoken, A, beta, bound=20.0):
@@ -523,9 +540,10 @@ def ppo_loss(log_p, old_log_p, spoken, A, clip):
     log_p, old_log_p, spoken: [B, L]. A: [B, 1], one per utterance (not [B]), or [B, L], one per
     token.
     """
+    A = A.detach()
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -(torch.minimum(ratio * A.detach(), clipped * A.detach()) * spoken).sum(1).mean()
+    return -(torch.minimum(ratio * A, clipped * A) * spoken).sum(1).mean()
 
 
 class TokenBaseline(nn.Module):
@@ -533,7 +551,7 @@ class TokenBaseline(nn.Module):
 
     def __init__(self, actor):
         super().__init__()
-        self.join = actor.join  # the method alone: the actor's parameters do not belong to this
+        self.join = actor.join  # a method, so that the actor does not become a submodule
         self.model = copy.deepcopy(actor.model)
         h = self.model.config.get_text_config().hidden_size
         self.head = nn.Linear(h, 1, device=self.model.device)
@@ -549,7 +567,7 @@ class TokenBaseline(nn.Module):
 
 
 class WithBaseline(ArCHer):
-    """Eqs. 4 and 5. Baseline steps come before each actor step; in Algorithm 1, before all."""
+    """Eqs. 4 and 5. Baseline steps precede each actor step (Algorithm 1: only the first)."""
 
     stateful = (*ArCHer.stateful, "baseline", "baseline_optimizer")
 
@@ -577,7 +595,7 @@ class WithPPO(ArCHer):
 
     def actor_step(self):
         examples = self.actor_examples()
-        # Old log-probabilities are computed in each step, since micro-batches pad differently.
+        # A frozen copy scores each micro-batch as it is padded: ratios start at exactly 1.
         self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for _ in range(self.c.ppo_epochs):
             loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
@@ -733,7 +751,7 @@ def load(name, model_class, model, tokenizer, c):
         model = model_class.from_pretrained(name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    # An utterance must fit behind a state, and RoBERTa's positions begin at 2.
+    # The actor appends an utterance (the critic need not); RoBERTa's positions begin at 2.
     room = min(c.state_tokens, context - c.utterance_tokens - 2)
     require(room > 1, "no room for a state: change --state-tokens or --utterance-tokens")
     tokenizer.model_max_length = room
@@ -771,8 +789,8 @@ def build(c, vocabulary):
         alone, beside = critic.embed(["A"])[0], critic.embed(["A", "Somewhat longer.\n"])[0]
         require(torch.allclose(alone, beside, rtol=1e-3, atol=1e-3), "it mixes texts of a batch")
     actor.vocabulary = vocabulary  # for checkpoints: a resumed run has no texts to learn it from
-    # Tiny models would gain nothing from bfloat16.
-    actor.bfloat16 = critic.bfloat16 = bool(c.actor and c.critic) and device.startswith("cuda")
+    # Only if both are named: tiny models would gain nothing from bfloat16.
+    actor.autocast = critic.autocast = bool(c.actor and c.critic) and device.startswith("cuda")
     return actor, critic
 
 
@@ -805,12 +823,12 @@ def mean_return(episodes, gamma=1.0):
 def metrics(learner, critic_updates, actor_updates):
     """The numbers of an iteration, a dict; README says how to read them.
 
-    Losses are means over the steps. advantage_std: the spread of A. The rest is about the episodes
-    played. value: min V of their first states, on average; near discounted_return where few
-    episodes are truncated. entropy, token_entropy: the mean of -log p of an utterance, and of a
-    token, in a batch of them. The actor scores them after its steps, so that this is a
-    cross-entropy, and jumps if the policy does. distinct: different utterances over all utterances.
-    cut: the share without an end token. tokens: per utterance.
+    Losses are means over the steps; actor_loss is that of the variant. advantage_std: the spread of
+    A. The rest is about the episodes played. value: min V of their first states, on average; near
+    discounted_return where few episodes are truncated. entropy, token_entropy: the mean of -log p
+    of an utterance, and of a token, in a batch of them. The actor scores them after its steps, so
+    that this is a cross-entropy, and jumps if the policy does. distinct: different utterances over
+    all utterances. cut: the share without an end token. tokens: per utterance.
     """
     q, v = torch.stack(critic_updates).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
@@ -844,7 +862,7 @@ def metrics(learner, critic_updates, actor_updates):
 def written(path):
     """Yields a path to write a file or a folder to, which is moved to `path` once it is whole.
 
-    If the run is stopped meanwhile, or the disk is full, what was at `path` is kept.
+    If the run is stopped meanwhile, or the disk is full, a file at `path` is kept.
     """
     part = Path(f"{path}.part")
     with explained(f"cannot write {path} (is the disk full?)"):
@@ -995,9 +1013,9 @@ def run(c, saved=None):
     learner = variant(c)(game, actor, critic, demonstrations, c)
     if "learner" in saved:
         with explained(f"the checkpoint in {folder} belongs to another run"):
-            learner.load_state_dict(saved["learner"])
+            learner.load_state_dict(saved.pop("learner"))
     for i in tqdm(range(learner.iteration, c.iterations), "ArCHer"):
-        if i % (c.checkpoint_every or c.iterations) == 0:  # with 0: only here and at the end
+        if i % (c.checkpoint_every or c.iterations) == 0:  # with 0: only at i = 0, and at the end
             write_checkpoint(folder, saved, learner)
         saved["metrics"].append(learner.iterate())
         write_json(folder / "metrics.jsonl", saved["metrics"])

@@ -1559,12 +1559,12 @@ def test_advantages_come_from_the_critic_not_from_its_target(actor_loss, models)
 
 def test_bfloat16_stays_inside_the_models(models, monkeypatch):
     """Close to float32, and not equal; values, losses, weights and gradients are float32."""
-    assert not (Actor.bfloat16 or DoubleCritic.bfloat16)  # only `build` turns it on
+    assert not (Actor.autocast or DoubleCritic.autocast)  # only `build` turns it on
     actor, critic = models
     said = [ids_of(actor, a) for a in UTTERANCES[:2]]
     exact = [actor.log_probs(STATES[:2], said)[0], *critic(STATES[:2], UTTERANCES[:2])]
-    actor.bfloat16 = critic.bfloat16 = True
-    assert learner_of(models).target.bfloat16
+    actor.autocast = critic.autocast = True
+    assert learner_of(models).target.autocast
     log_p, spoken = actor.log_probs(STATES[:2], said)
     q, v = critic(STATES[:2], UTTERANCES[:2])
     for rough, sharp in zip((log_p, q, v), exact, strict=True):
@@ -2774,6 +2774,7 @@ def test_python_in_readme_runs(quick, monkeypatch):
     """As it stands, one block after the other; only the defaults are smaller."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
     fields = dataclasses.fields(Config)
+    monkeypatch.setattr(sys, "argv", ["dial.py", "--env", "dial"])
     for field in fields:
         small = SMALL.get(field.name.replace("_", "-"), field.default)
         monkeypatch.setattr(field, "default", field.type(small))
@@ -2786,13 +2787,10 @@ def test_python_in_readme_runs(quick, monkeypatch):
 
 
 def test_every_command_in_readme_is_accepted(monkeypatch):
-    """What a loop sets is filled in."""
     given = spied(monkeypatch, archer, "run", lambda *x: x)
     monkeypatch.setattr(torch, "load", lambda *x, **named: {"config": {}, "vocabulary": ""})
     commands = []
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S):
-        for name, values in re.findall(r"for (\w+) in (.*?);", block):
-            block = block.replace(f"${name}", values.split()[0])
         commands += re.findall(r"python archer\.py([^;&|#\n]*)", block.replace("\\\n", " "))
     for command in commands:
         archer.main(command.split())
