@@ -5,13 +5,13 @@ python assets/make.py pretrained runs/*  pretrained.jsonl, pretrained.png; print
 python assets/make.py signs              signs.csv; prints README's table; takes ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
-python assets/make.py study              study.csv, its figures and tables; takes hours
+python assets/make.py study              study.csv, its figures and tables; not played yet: hours
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
 python assets/make.py adventure FILE     adventure.csv, adventure.png, tables; FILE: detective.z5
 python assets/make.py adventure          the same from what has been played
-python assets/make.py length             length.csv, length.png and its table
+python assets/make.py length             length.csv, length.png and its table; not played yet: hours
 
 `signs`, `study`, `price`, `adventure` and `length` add what their files lack, and say how long it
 will take. To play everything again, delete the file first. `notebook` needs nbclient and ipykernel,
