@@ -1100,7 +1100,7 @@ def plot_adventure(shown):
         "weak": "the same, up to 150 points",
     }
     kinds = {kind: text for kind, text in kinds.items() if any(key[0] == kind for key in shown)}
-    figure = Figure(figsize=(2 + 5 * len(kinds), 4), layout="constrained")
+    figure = Figure(figsize=(4 + 5 * len(kinds), 4), layout="constrained")
     panels = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
     for (kind, method, _), runs in sorted(shown.items(), key=lambda x: list(LOOKS).index(x[0][1])):
         color, marker = LOOKS[method]
@@ -1117,7 +1117,9 @@ def plot_adventure(shown):
         axes.axhline(276, linestyle=":", label="the paper's ArCHer: 276", **BLACK)
         axes.set_title(f"Detective text adventure, {kinds[kind]}", fontsize=10)
         axes.set(xlabel="episodes played", ylabel="points, mean of the last 32 episodes")
-        axes.legend(fontsize=8, loc="lower right", title="median and range of five seeds")
+    lines = axes.get_legend_handles_labels()
+    title = "median and range\nof five seeds"
+    figure.legend(*lines, loc="outside right center", title=title, frameon=False)
     figure.savefig(HERE / "adventure.png", dpi=110)
 
 
