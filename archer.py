@@ -91,7 +91,7 @@ class Config:
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
     baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
     ppo_epochs: int = setting(3, "steps on the same utterances; 1: the gradient of Eq. 3")
-    ppo_clip: float = setting(0.2, "of a token's ratio; small: only epoch 1, huge: no clipping")
+    ppo_clip: float = setting(0.2, "of a token's ratio; small: timid steps, huge: no clipping")
     awr_beta: float = setting(1.0, "0: clones all logged utterances, large: those with A > 0")
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
@@ -304,8 +304,8 @@ def q_loss(q, r, done, next_v, gamma):
     """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
     q, next_v: [2, B]; row k of q learns from row k of next_v, without a minimum. next_v comes from
-    the target network. r, done: [B]; done is 1 where the task ended, 0 elsewhere, also at a time
-    limit. Returns a mean over B, summed over the two heads.
+    the target network. r, done: [B]; done is 1 where the task ended, 0 elsewhere, also where play
+    was only cut. Returns a mean over B, summed over the two heads.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
