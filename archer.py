@@ -68,11 +68,11 @@ class Config:
 
     demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: with an --actor only")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
-    warm_start_lr: float = setting(2e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
+    warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
     warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
-    episodes: int = setting(128, "played per iteration; few: the buffer is mostly old, many: slow")
+    episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
     state_tokens: int = setting(1024, "per state, the last ones; small: forgetful, large: slow")
     capacity: int = setting(10_000, "transitions kept; small: nearly on-policy, large: old data")

@@ -1124,45 +1124,47 @@ def plot_adventure(shown):
 
 
 # ==================================================================================================
-# length: one family of games with a knob, and what a perfect critic would buy
+# length: one family of games with two knobs, length and luck, and what a perfect critic would buy
 # ==================================================================================================
 
-# Everybody has the same warm start, and at most so many episodes and iterations. Settings were
-# tried at two lengths on a seed that is not shown.
-LENGTHS = (3, 6, 12, 24, 48)
-MOST_EPISODES = 2000
+# Everybody has the same warm start, and at most so many episodes and iterations. Of four settings a
+# method, tried on a seed that is not shown, those with the fewest episodes are shown.
+LENGTHS = {(doors, 0): f"{doors}" for doors in (3, 6, 12, 24)}  # (doors, luck): label
+LUCKS = {(6, luck): f"{luck}" for luck in (0, 2, 4, 8)}
+TRIED_DOORS = ((12, 0), (6, 4))
+MOST_EPISODES = 640
 MOST_ITERATIONS = 125
 DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 200_000, "gamma": 0.99}
 DOORS_TRIED = {
     "ArCHer": [
-        {"episodes": 4},
+        {"episodes": 1},
         {"episodes": 1, "critic_steps": 200},
-        {"episodes": 4, "critic_steps": 200},
-        {"episodes": 4, "critic_steps": 200, "critic_loss": "iql"},
+        {"episodes": 4, "critic_steps": 100},
+        {"episodes": 1, "critic_loss": "iql"},
     ],
     "CHAI": [
-        {"episodes": 4},
+        {"episodes": 1},
         {"episodes": 1, "critic_steps": 200},
-        {"episodes": 4, "critic_steps": 200},
-        {"episodes": 4, "critic_steps": 200, "gamma": 0.97},
+        {"episodes": 4, "critic_steps": 100},
+        {"episodes": 1, "gamma": 0.97},
     ],
     "filtered BC": [
         {"episodes": 4, "actor_steps": 8, "window": 160},
         {"episodes": 16, "actor_steps": 8, "window": 160},
-        {"episodes": 4, "actor_steps": 8, "window": 1000},
         {"episodes": 16, "actor_steps": 16, "window": 320},
+        {"episodes": 4, "actor_steps": 8, "window": 1000},
     ],
     "PPO": [
+        {"episodes": 8, "ppo_epochs": 4},
         {"episodes": 16, "ppo_epochs": 4},
         {"episodes": 32, "ppo_epochs": 4},
-        {"episodes": 32, "ppo_epochs": 4, "lam": 0.99},
-        {"episodes": 32, "ppo_epochs": 4, "actor_lr": 1e-3},
+        {"episodes": 16, "ppo_epochs": 4, "actor_lr": 1e-3},
     ],
     "REINFORCE": [
-        {"episodes": 32},
+        {"episodes": 8, "actor_lr": 1e-3},
+        {"episodes": 16},
         {"episodes": 16, "actor_lr": 1e-3},
         {"episodes": 32, "actor_lr": 1e-3},
-        {"episodes": 128, "actor_lr": 1e-3},
     ],
 }
 # ArCHer with another advantage. The exact one needs no critic, hence no warm-up.
@@ -1175,10 +1177,12 @@ ADVANTAGES = {
 class Doors(envs.TextGame):
     """A row of doors. At each of them one of six directions leads on, the others back to the first.
 
-    Reward 10 behind the last door, 0 before. Play is truncated after four turns a door.
+    Reward 10 behind the last door, 0 before. Play is truncated after four turns a door. Whatever is
+    said, a turn also earns or costs `luck`, by the toss of a coin.
     """
 
     length = 6
+    luck = 0
     hidden_things = ("",)
     utterances = tuple(f"go {way}" for way in ("north", "south", "east", "west", "up", "down"))
     start = 0  # the number of the door
@@ -1202,8 +1206,21 @@ class Doors(envs.TextGame):
     def best_utterance(self):
         return self.right(self.position)
 
+    def reset(self, *, seed=None, options=None):
+        self.coin = random.Random(f"coin {seed}")
+        return super().reset(seed=seed, options=options)
 
-GAMES |= {f"doors_{n}": type(f"Doors{n}", (Doors,), {"length": n, "limit": 4 * n}) for n in LENGTHS}
+    def step(self, utterance):
+        s, r, *rest = super().step(utterance)
+        return s, r + self.luck * self.coin.choice((-1, 1)), *rest
+
+
+def doors_game(doors, luck):
+    """The class of that length and luck."""
+    return type("Doors", (Doors,), {"length": doors, "limit": 4 * doors, "luck": luck})
+
+
+GAMES |= {f"doors_{n}_luck_{luck}": doors_game(n, luck) for n, luck in LENGTHS | LUCKS}
 
 
 def value_of_doors(actor, length, gamma):
@@ -1256,16 +1273,19 @@ class Arrived(Exception):
 
 
 def length_run(run):
-    """Lines for length.csv, at episode counts that grow by a quarter, until 80 % are earned."""
+    """Lines for length.csv, at episode counts that grow by a quarter, until 80 % are earned.
+
+    Measured without luck: a return is ten times the share of episodes that are won.
+    """
     torch.set_num_threads(1)
-    length, method, seed, settings = run
+    doors, luck, method, seed, settings = run
     own, settings = own_settings(DOORS | settings)
-    c = Config(f"doors_{length}", seed, **settings)
-    c = dataclasses.replace(c, iterations=min(MOST_ITERATIONS, MOST_EPISODES // c.episodes))
+    settings["iterations"] = min(MOST_ITERATIONS, MOST_EPISODES // settings["episodes"])
+    c = Config(f"doors_{doors}_luck_{luck}", seed, **settings)
     c, actor, critic, demonstrations = archer.prepare(c)
     archer.warm_start(actor, demonstrations, c)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
-    measurements = Measurements(GAMES[c.env], actor, player, seed)
+    measurements = Measurements(doors_game(doors, 0), actor, player, seed)
     measurements.measure(500)
 
     def report(_, episodes):
@@ -1278,103 +1298,140 @@ def length_run(run):
 
     with contextlib.suppress(Arrived):
         method_of(method)(GAMES[c.env], actor, critic, demonstrations, c, report, **own)
-    key = (length, method, seed, words(run[3]))
+    key = (doors, luck, method, seed, words(run[-1]))
     return [(*key, *row[:2], f"{row[2]:.1f}", f"{row[3]:.2f}") for row in measurements.rows]
 
 
 def length(file=HERE / "length.csv"):
-    """Episodes until 80 % are earned, against the number of doors."""
-    header = "doors,method,seed,settings,episodes,utterances,seconds,return"
+    """Episodes until 80 % are earned, against the number of doors, and against luck."""
+    header = "doors,luck,method,seed,settings,episodes,utterances,seconds,return"
 
     def key_of(run):
         *rest, settings = run
         return (*rest, words(settings))
 
     tried = [(method, NOT_SHOWN, x) for method, settings in DOORS_TRIED.items() for x in settings]
-    runs = [(doors, *run) for doors in (12, 24) for run in tried]
-    complete(file, header, runs, key_of, length_run, 2)
+    runs = [(*knobs, *run) for knobs in TRIED_DOORS for run in tried]
+    complete(file, header, runs, key_of, length_run, 1)
     best = best_of_doors(read_length(file))
-    order = itertools.product(range(5), LENGTHS, best.items())
-    runs = [(doors, method, seed, settings) for seed, doors, (method, settings) in order]
-    complete(file, header, runs, key_of, length_run, 2)
+    runs = []
+    for knobs in sorted(LENGTHS | LUCKS):
+        for seed, (method, settings) in itertools.product(range(5), best.items()):
+            if method in shown_methods(knobs):
+                runs.append((*knobs, method, seed, settings))
+    complete(file, header, runs, key_of, length_run, 1)
     runs = read_length(file)
     shown = {
-        method: {
-            doors: [runs[doors, method, seed, words(settings)] for seed in range(5)]
-            for doors in LENGTHS
-        }
-        for method, settings in best.items()
+        (knobs, method): [runs[*knobs, method, seed, words(best[method])] for seed in range(5)]
+        for knobs in LENGTHS | LUCKS
+        for method in shown_methods(knobs)
     }
     plot_length(shown)
-    print(length_table(shown, best))
+    print(tried_doors_table(runs) + "\n\n" + length_table(shown, LENGTHS, best))
+    print("\n" + length_table(shown, LUCKS, best))
+
+
+def shown_methods(knobs):
+    """The exact advantage does not depend on luck, so it is only tried without. The placebo, which
+    never arrives, takes long: it is tried in one game."""
+    methods = list(LOOKS)
+    if knobs in LENGTHS:
+        methods.append("exact advantage")
+    if knobs == (6, 0):
+        methods.append("permuted advantages")
+    return methods
 
 
 def read_length(file):
-    """{(doors, method, seed, settings): [(episodes, utterances, seconds, return), ...]}"""
+    """{(doors, luck, method, seed, settings): [(episodes, utterances, seconds, return), ...]}"""
     runs = collections.defaultdict(list)
     with file.open() as lines:
         for row in csv.DictReader(lines):
-            key = (int(row["doors"]), row["method"], int(row["seed"]), row["settings"])
+            key = (int(row["doors"]), int(row["luck"]), row["method"], int(row["seed"]))
             numbers = (row["episodes"], row["utterances"], row["seconds"], row["return"])
-            runs[key].append(tuple(map(float, numbers)))
+            runs[*key, row["settings"]].append(tuple(map(float, numbers)))
     return runs
 
 
 def best_of_doors(runs):
-    """{method: settings}: those with the lowest product of episodes at the two lengths.
+    """{method: settings}: those with the lowest product of episodes in the two games tried.
 
-    A run that did not arrive counts as MOST_EPISODES.
+    A run that did not arrive counts as twice MOST_EPISODES.
     """
 
     def cost(method, settings):
-        tried = (runs[doors, method, NOT_SHOWN, words(settings)] for doors in (12, 24))
-        return math.prod(min(first(rows, 8), MOST_EPISODES) for rows in tried)
+        tried = (runs[*knobs, method, NOT_SHOWN, words(settings)] for knobs in TRIED_DOORS)
+        return math.prod(min(first(rows, 8), 2 * MOST_EPISODES) for rows in tried)
 
     best = {m: min(tried, key=functools.partial(cost, m)) for m, tried in DOORS_TRIED.items()}
     return best | {name: best["ArCHer"] | x for name, x in ADVANTAGES.items()}
 
 
-def length_table(shown, best):
-    """A row a method, a column a length: episodes to 80 %, and how many seeds got there."""
+def tried_doors_table(runs):
+    """A row a setting: episodes to 80 %; a dash: it did not arrive."""
     rows = []
-    for method, lengths in shown.items():
-        row = [method, words(best[method])]
-        for runs in lengths.values():
-            episodes = [first(run, 8) for run in runs]
-            row.append(f"{spread(episodes)}; {sum(map(math.isfinite, episodes))} of {len(runs)}")
-        rows.append(row)
+    for method, tried in DOORS_TRIED.items():
+        for settings in tried:
+            row = [method, words(settings)]
+            for knobs in TRIED_DOORS:
+                row.append(spread([first(runs[*knobs, method, NOT_SHOWN, words(settings)], 8)]))
+            rows.append(row)
+    return markdown(["method", "settings", *(f"{n} doors, luck {k}" for n, k in TRIED_DOORS)], rows)
+
+
+def length_table(shown, games, best):
+    """A row a method, a column a game: episodes to 80 %, and how many seeds got there."""
     wins = ["warm start wins", ""]
-    for runs in shown["ArCHer"].values():
-        wins.append(f"{statistics.median(rows[0][3] for rows in runs) / 10:.1%}")
-    return markdown(["method", "settings", *(f"{n} doors" for n in shown["ArCHer"])], [wins, *rows])
+    for knobs in games:
+        wins.append(f"{statistics.median(rows[0][3] for rows in shown[knobs, 'ArCHer']) / 10:.1%}")
+    rows = [wins]
+    for method, settings in best.items():
+        row = [method, words(settings)]
+        for knobs in games:
+            episodes = [first(run, 8) for run in shown.get((knobs, method), [])]
+            arrived = f"{sum(map(math.isfinite, episodes))} of {len(episodes)}"
+            row.append(f"{spread(episodes)}; {arrived}" if episodes else "")
+        if any(row[2:]):
+            rows.append(row)
+    return markdown(["method", "settings", *(f"{n} doors, luck {k}" for n, k in games)], rows)
 
 
 def plot_length(shown):
-    """Above, episodes to 80 % against length; a median that did not arrive is an arrow. Below, how
-    often warm-started play wins."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    """Above, episodes to 80 %, against length on the left and luck on the right; a median that did
+    not arrive is an arrow. Below, how often warm-started play wins."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(4, 1))
     looks = LOOKS | {"exact advantage": ("black", "*"), "permuted advantages": ("0.6", "x")}
-    for k, (method, lengths) in enumerate(shown.items()):
-        color, marker = looks[method]
-        x = [doors * 1.02 ** (k - 3) for doors in lengths]  # side by side
-        y = [statistics.median(first(rows, 8) for rows in runs) for runs in lengths.values()]
-        style = {"color": color, "marker": marker, "markersize": 6}
-        upper.plot(x, [v if math.isfinite(v) else math.nan for v in y], label=method, **style)
-        for doors, v, runs in zip(x, y, lengths.values(), strict=True):
-            if not math.isfinite(v):
-                played = statistics.median(rows[-1][0] for rows in runs)
-                arrow = {"color": color, "marker": "^", "markevery": [1], "linewidth": 1}
-                upper.plot([doors, doors], [played, 2 * played], **arrow)
-    upper.set(xscale="log", yscale="log", ylabel="episodes to 80 % of the reward")
-    upper.legend(fontsize=8)
-    wins = [
-        statistics.median(rows[0][3] for rows in runs) / 10 for runs in shown["ArCHer"].values()
-    ]
-    lower.plot(LENGTHS, wins, "o-", color="black")
-    lower.set(xlabel="doors in a row", ylabel="warm start wins", ylim=(0, 1))
-    lower.set_xticks(LENGTHS, LENGTHS)
-    lower.minorticks_off()
+    for axes, games in zip(upper, (LENGTHS, LUCKS), strict=True):
+        for k, (method, (color, marker)) in enumerate(looks.items()):
+            points = []
+            for place, knobs in enumerate(games):
+                if (knobs, method) in shown:
+                    runs = shown[knobs, method]
+                    episodes = statistics.median(first(rows, 8) for rows in runs)
+                    points.append((place + 0.07 * (k - 3), episodes))  # side by side
+            x = [place for place, _ in points]
+            y = [episodes if math.isfinite(episodes) else math.nan for _, episodes in points]
+            style = {"color": color, "marker": marker, "markersize": 6}
+            axes.plot(x, y, label=method, **style)
+            for place, episodes in points:
+                if not math.isfinite(episodes):
+                    ends = (place, 1.4 * MOST_EPISODES), (place, MOST_EPISODES)
+                    arrow = {"arrowstyle": "->", "color": color, "linewidth": 1.5}
+                    axes.annotate("", *ends, arrowprops=arrow)
+                    axes.plot(place, MOST_EPISODES, **style)
+        axes.axhline(MOST_EPISODES, linestyle=":", **BLACK)
+        axes.set(yscale="log", ylim=(10, 1.5 * MOST_EPISODES))
+    upper[0].set(ylabel="episodes to 80 % of the wins", title="length: doors in a row, no luck")
+    upper[1].set_title("luck: what a turn earns or costs at random, six doors (reward 10)")
+    upper[0].legend(fontsize=8)
+    for axes, games in zip(lower, (LENGTHS, LUCKS), strict=True):
+        wins = [statistics.median(rows[0][3] for rows in shown[x, "ArCHer"]) / 10 for x in games]
+        axes.plot(range(len(games)), wins, "o-", color="black")
+        axes.set_xticks(range(len(games)), games.values())
+        axes.set_ylim(0, 1)
+    lower[0].set(xlabel="doors in a row", ylabel="warm start wins")
+    lower[1].set_xlabel("luck of a turn")
     figure.savefig(HERE / "length.png", dpi=110)
 
 
