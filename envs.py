@@ -630,6 +630,8 @@ class WebShop(TextGame):
     limit = 10
     limit_is_part_of_task = False
     settings = {"iterations": 110}  # many goals; a good article earns only 1/4 more than a fair one
+    # With 16 episodes and a rate of 1e-3, seed 0 ended at .90, but seed 1 at .67 in place of .90.
+    settings |= {"episodes": 128, "warm_start_lr": 2e-3}
     paper = TextGame.paper | {"episodes": 512, "warmup_iterations": 20, "gamma": 0.9}
 
     @classmethod
