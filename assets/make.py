@@ -95,6 +95,17 @@ def gap_closed(summary):
     return (summary["end"] - summary["start"]) / (summary["optimum"] - summary["start"])
 
 
+def episodes_to_95(summary, config, metrics):
+    """Episodes played when two iterations in a row first have 95 % of the gap closed, on average.
+
+    None: never.
+    """
+    for m, after in itertools.pairwise(metrics):
+        if gap_closed(summary | {"end": (m["return"] + after["return"]) / 2}) >= 0.95:
+            return after["iteration"] * config["episodes"]
+    return None
+
+
 def results_table(summaries):
     """README's table: a row for every game and settings, medians over the seeds."""
     groups = collections.defaultdict(list)
@@ -110,9 +121,12 @@ def results_table(summaries):
         row.append(
             f"{statistics.median(gaps):.3f} ({gaps[0]:.3f} to {gaps[-1]:.3f})" if gaps else ""
         )
+        arrived = [run["episodes_to_95"] for run in runs if run.get("episodes_to_95")]
+        row.append(f"{spread(arrived)}; {len(arrived)} seeds" if arrived else "")
         rows.append([*row, f"{statistics.median(run['seconds'] for run in runs):.0f}"])
     gap = "gap closed: median (lowest to highest)"
-    return markdown(["game", "seeds", "start", "end", "greedy", gap, "seconds"], rows)
+    header = ["game", "seeds", "start", "end", "greedy", gap, "episodes to 95 %", "seconds"]
+    return markdown(header, rows)
 
 
 def plot_games(curves):
@@ -170,8 +184,11 @@ def results(folders):
         if (folder / "summary.json").exists():
             (config,) = read_lines(folder / "config.json")
             (summary,) = read_lines(folder / "summary.json")
+            metrics = read_lines(folder / "metrics.jsonl")
             summary = {"settings": settings_of(config), **summary}
-            runs.append((summary, config, read_lines(folder / "metrics.jsonl")))
+            if "optimum" in summary:
+                summary["episodes_to_95"] = episodes_to_95(summary, config, metrics)
+            runs.append((summary, config, metrics))
         else:
             print(f"not finished: {folder}", file=sys.stderr)
     order = list(GAMES)
