@@ -1332,10 +1332,10 @@ def length(file=HERE / "length.csv"):
     complete(file, header, runs, key_of, length_run, 1)
     best = best_of_doors(read_length(file))
     runs = []
-    for knobs in sorted(LENGTHS | LUCKS):
-        for seed, (method, settings) in itertools.product(range(5), best.items()):
-            if method in shown_methods(knobs):
-                runs.append((*knobs, method, seed, settings))
+    for luck, seed, doors in itertools.product((0, 2, 4, 8), range(5), (3, 6, 12, 24)):
+        if (doors, luck) in LENGTHS | LUCKS:
+            for method in shown_methods((doors, luck)):
+                runs.append((doors, luck, method, seed, best[method]))
     complete(file, header, runs, key_of, length_run, 1)
     runs = read_length(file)
     shown = {
