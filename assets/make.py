@@ -11,7 +11,9 @@ python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
 python assets/make.py adventure FILE     adventure.csv, adventure.png, tables; FILE: detective.z5
 python assets/make.py adventure          the same from what has been played
-python assets/make.py length             length.csv, length.png and its table; not played yet: hours
+python assets/make.py length             length.csv, length.png and its table; two hours; the part
+                                         with luck is not played yet
+python assets/make.py length --draw      the same from what has been played
 
 `signs`, `study`, `price`, `adventure` and `length` add what their files lack, and say how long it
 will take. To play everything again, delete the file first. `notebook` needs nbclient and ipykernel,
@@ -1319,32 +1321,41 @@ def length_run(run):
     return [(*key, *row[:2], f"{row[2]:.1f}", f"{row[3]:.2f}") for row in measurements.rows]
 
 
-def length(file=HERE / "length.csv"):
-    """Episodes until 80 % are earned, against the number of doors; then against luck, too."""
+def length(draw=False, file=HERE / "length.csv"):
+    """Episodes until 80 % are earned, against the number of doors; then against luck, too.
+
+    draw: only shows what has been played.
+    """
     header = "doors,luck,method,seed,settings,episodes,utterances,seconds,return"
 
     def key_of(run):
         *rest, settings = run
         return (*rest, words(settings))
 
+    def play(runs):
+        if not draw:
+            complete(file, header, runs, key_of, length_run, 1.5)
+
     tried = [(method, NOT_SHOWN, x) for method, settings in DOORS_TRIED.items() for x in settings]
-    complete(file, header, [(*TRIED_DOORS, *run) for run in tried], key_of, length_run, 1)
+    play([(*TRIED_DOORS, *run) for run in tried])
     best = best_of_doors(read_length(file))
     print(tried_doors_table(read_length(file)))
-    shown = {}
+    shown = collections.defaultdict(dict)
     for games in (LENGTHS, LUCKS):
         runs = [
             (*knobs, method, seed, best[method])
             for seed, knobs in itertools.product(range(5), games)
             for method in shown_methods(knobs)
         ]
-        complete(file, header, runs, key_of, length_run, 1)
+        play(runs)
         played = read_length(file)
-        for *knobs, method, seed, settings in runs:
-            rows = played[*knobs, method, seed, words(settings)]
-            shown.setdefault((tuple(knobs), method), {})[seed] = rows
-        plot_length(shown)
-        print("\n" + length_table(shown, games, best))
+        for run in runs:
+            doors, luck, method, seed, _ = run
+            if key_of(run) in played:
+                shown[(doors, luck), method][seed] = played[key_of(run)]
+        if all(shown[knobs, method] for knobs in games for method in LOOKS):
+            plot_length(shown)
+            print("\n" + length_table(shown, games, best))
 
 
 def shown_methods(knobs):
@@ -1392,7 +1403,7 @@ def tried_doors_table(runs):
 
 def arrivals(shown, knobs, method):
     """Episodes to 80 % of the wins, of every seed; infinity: never."""
-    return [first(rows, 8) for rows in shown.get((knobs, method), {}).values()]
+    return [first(rows, 8) for rows in shown[knobs, method].values()]
 
 
 def warm_start_wins(shown, knobs):
@@ -1403,7 +1414,7 @@ def warm_start_wins(shown, knobs):
 def length_table(shown, games, best):
     """A row a method, a column a game: episodes to 80 %, and how many seeds got there.
 
-    Then the ratio of the medians of PPO and ArCHer; where PPO did not arrive, at least so much.
+    Then the ratio of the medians of PPO and ArCHer, if ArCHer's arrived.
     """
     wins = ["warm start wins", ""]
     ratios = ["PPO / ArCHer", ""]
@@ -1411,7 +1422,8 @@ def length_table(shown, games, best):
         wins.append(f"{warm_start_wins(shown, knobs):.1%}")
         ppo, ours = (statistics.median(arrivals(shown, knobs, m)) for m in ("PPO", "ArCHer"))
         more = "" if math.isfinite(ppo) else "more than "
-        ratios.append(f"{more}{min(ppo, MOST_EPISODES) / ours:.1f}")
+        ratio = f"{more}{min(ppo, MOST_EPISODES) / ours:.1f}"
+        ratios.append(ratio if math.isfinite(ours) else "–")
     rows = []
     for method, settings in best.items():
         row = [method, words(settings)]
@@ -1432,7 +1444,7 @@ def plot_length(shown):
         "doors in a row": (LENGTHS, "length: no luck"),
         "luck of a turn": (LUCKS, "luck: what a turn earns or costs at random, six doors"),
     }
-    played = {knobs for knobs, _ in shown}
+    played = {knobs for (knobs, _), seeds in shown.items() if seeds}
     columns = {x: column for x, column in columns.items() if played.issuperset(column[0])}
     figure = Figure(figsize=(3 + 5 * len(columns), 5.5), layout="constrained")
     options = {"sharex": "col", "sharey": "row", "height_ratios": (4, 1), "squeeze": False}
@@ -1443,7 +1455,7 @@ def plot_length(shown):
             style = {"color": color, "marker": marker, "markersize": 6}
             x, y = [], []
             for place, knobs in enumerate(games):
-                if (knobs, method) in shown:
+                if shown[knobs, method]:
                     x.append(place + 0.06 * (k - 3))  # side by side
                     y.append(statistics.median(arrivals(shown, knobs, method)))
                     if math.isinf(y[-1]):
@@ -1460,7 +1472,7 @@ def plot_length(shown):
     panels[1][0].set_ylabel("warm start wins")
     lines = panels[0][0].get_legend_handles_labels()
     budget = f"{MOST_EPISODES} episodes\nor {MOST_ITERATIONS} iterations"
-    title = f"median of five seeds;\narrow: not within\n{budget}"
+    title = f"median of the seeds;\narrow: not within\n{budget}"
     figure.legend(*lines, loc="outside right center", title=title, frameon=False)
     figure.savefig(HERE / "length.png", dpi=110)
 
@@ -1822,7 +1834,7 @@ def main():
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     commands.add_parser("study")
     commands.add_parser("adventure").add_argument("path", nargs="?")
-    commands.add_parser("length")
+    commands.add_parser("length").add_argument("--draw", action="store_true")
     commands.add_parser("price")
     commands.add_parser("speed")
     commands.add_parser("released").add_argument("folder")
