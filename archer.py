@@ -295,7 +295,10 @@ class DoubleCritic(nn.Module):
 
 @torch.no_grad()
 def soft_update(target, online, tau):
-    """target <- (1 - tau) target + tau online, parameter by parameter, after every critic step."""
+    """target <- (1 - tau) target + tau online, parameter by parameter, after every critic step.
+
+    Both in float32: in bfloat16 small steps are rounded away, and the target stands still.
+    """
     for t, o in zip(target.parameters(), online.parameters(), strict=True):
         t.lerp_(o, tau)
 
@@ -659,8 +662,10 @@ def explained(what):
     """Any error inside becomes a UserError that says what failed, and why."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
     except Exception as error:
-        raise UserError(f"{what}: {str(error).strip() or type(error).__name__}") from error
+        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -914,8 +919,10 @@ def check(c):
 def first_turn(c):
     """One turn, to try the game before any work is lost."""
     with explained(f"{c.env} is not as README describes a game"), opened(GAMES[c.env]) as (game,):
-        s, _ = game.reset(seed=0)
-        s2, r, terminated, _, _ = game.step("look")
+        with explained("reset(seed=0)"):
+            s, _ = game.reset(seed=0)
+        with explained("step('look')"):
+            s2, r, terminated, _, _ = game.step("look")
         return checked(s, "look", r, s2, terminated)
 
 
@@ -927,7 +934,7 @@ def given_episodes(c):
     if not (demonstrate and c.demonstrations):
         return []
     with explained(f"the demonstrations of {c.env}"):
-        return [[checked(*turn) for turn in e] for e in demonstrate(c.demonstrations, c.seed)]
+        return [[checked(*turn) for turn in e] for e in demonstrate(c.demonstrations, seed=c.seed)]
 
 
 def with_tokens(episodes, actor):
@@ -1007,9 +1014,12 @@ def run(c, saved=None):
             kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # of a stopped write
             require(not kept, "it is not empty: --resume it, or another --out")
         print(f"writing into {folder}/; to go on after a stop: --resume {folder}")
+        if demonstrations:
+            print(f"mean return of the demonstrations: {mean_return(demonstrations):.2f}")
         warm_start(actor, demonstrations, c)
         saved = {"config": dataclasses.asdict(c), "metrics": [], "vocabulary": actor.vocabulary}
         saved["start"] = mean_return(evaluate(random.Random(f"start {c.seed}")))
+        print(f"mean return of the warm-started actor: {saved['start']:.2f}")
     learner = variant(c)(game, actor, critic, demonstrations, c)
     if "learner" in saved:
         with explained(f"the checkpoint in {folder} belongs to another run"):
@@ -1053,6 +1063,7 @@ def main(arguments=None):
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
                 c = Config(**(saved["config"] | {"out": folder}))
                 require("vocabulary" in saved, "it is of an earlier version of archer.py")
+                require(c.env in GAMES, f"use the script that adds {c.env} to GAMES")
         else:
             preset = getattr(game, options.preset, None) if options.preset and game else {}
             require(preset is not None, f"the game {options.env} has no preset {options.preset}")

@@ -688,8 +688,8 @@ def best_of_study(runs):
     def end(name, settings):
         key = (name, NOT_SHOWN, words(settings))
         if name in SIZES_TRIED:
-            return end_of(runs["sizes tried", "twenty_questions_full", *key])
-        return statistics.mean(end_of(runs["tried", game, *key]) for game in TWO)
+            return end_of(runs[("sizes tried", "twenty_questions_full", *key)])
+        return statistics.mean(end_of(runs[("tried", game, *key)]) for game in TWO)
 
     tried = STUDY_TRIED | SIZES_TRIED
     best = {name: max(x, key=functools.partial(end, name)) for name, x in tried.items()}
@@ -1376,7 +1376,7 @@ def read_length(file):
         for row in csv.DictReader(lines):
             key = (int(row["doors"]), int(row["luck"]), row["method"], int(row["seed"]))
             numbers = (row["episodes"], row["utterances"], row["seconds"], row["return"])
-            runs[*key, row["settings"]].append(tuple(map(float, numbers)))
+            runs[(*key, row["settings"])].append(tuple(map(float, numbers)))
     return runs
 
 
@@ -1384,7 +1384,7 @@ def best_of_doors(runs):
     """{method: settings}: those with the fewest episodes to 80 % in the game tried."""
 
     def cost(method, settings):
-        return first(runs[*TRIED_DOORS, method, NOT_SHOWN, words(settings)], 8)
+        return first(runs[(*TRIED_DOORS, method, NOT_SHOWN, words(settings))], 8)
 
     best = {m: min(tried, key=functools.partial(cost, m)) for m, tried in DOORS_TRIED.items()}
     return best | {name: best["ArCHer"] | x for name, x in ADVANTAGES.items()}
@@ -1395,7 +1395,7 @@ def tried_doors_table(runs):
     rows = []
     for method, tried in DOORS_TRIED.items():
         for settings in tried:
-            run = runs[*TRIED_DOORS, method, NOT_SHOWN, words(settings)]
+            run = runs[(*TRIED_DOORS, method, NOT_SHOWN, words(settings))]
             rows.append([method, words(settings), spread([first(run, 8)]), f"{run[-1][2]:.0f}"])
     header = ["method", f"settings, tried on seed {NOT_SHOWN} and {TRIED_DOORS[0]} doors"]
     return markdown([*header, "episodes to 80 %", "seconds"], rows)
