@@ -5,7 +5,8 @@ python assets/make.py pretrained runs/*  pretrained.jsonl, pretrained.png; print
 python assets/make.py signs              signs.csv; prints README's table; takes ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
-python assets/make.py study              study.csv, its figures and tables; not played yet: hours
+python assets/make.py study GAMES        study.csv, methods.png, tables; --draw: of what was played
+python assets/make.py study              the same for all games, ablations, offline, sizes: hours
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
@@ -62,7 +63,6 @@ TUTORIAL = ROOT / "tutorial.ipynb"
 BLACK = {"color": "black", "linewidth": 1}
 NOT_SHOWN = 100  # the seed on which settings are chosen
 FIVE = tuple(GAMES)  # the games of envs.py; this script adds others
-TWO = ("detective", "twenty_questions")  # the games on which settings are chosen
 LOOKS = {"ArCHer": ("#0072B2", "o"), "CHAI": ("#CC79A7", "s"), "filtered BC": ("#E69F00", "D")}
 LOOKS |= {"REINFORCE": ("#009E73", "^"), "PPO": ("#D55E00", "v")}
 
@@ -492,44 +492,41 @@ def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **set
     return measurements.rows
 
 
-# All methods, games and seeds have so many episodes. ArCHer has its default settings, which were
-# chosen on the detective game and Twenty Questions. Of each rival's six, tried on the same two
-# games on a seed that is not shown, the one with the best mean of the last fifth is shown.
+# All methods, games and seeds have so many episodes. Of each method's four settings, tried on the
+# same game on a seed that is not shown, the one with the best mean of the last fifth is shown.
 # ArCHer's and CHAI's buffer begins with demonstrations, filtered BC's window too; REINFORCE and PPO
 # cannot use their rewards, and take a time limit for an end.
 STUDY_EPISODES = 2560
 STUDY_TRIED = {
-    "CHAI": [
-        {},
-        {"episodes": 16},
+    "ArCHer": [
+        {"episodes": 32},
         {"episodes": 64},
-        {"critic_steps": 100},
-        {"episodes": 16, "critic_steps": 100},
-        {"gamma": 0.95},
+        {"episodes": 128},
+        {"episodes": 64, "actor_steps": 8},
+    ],
+    "CHAI": [
+        {"episodes": 32},
+        {"episodes": 64},
+        {"episodes": 128},
+        {"episodes": 64, "gamma": 0.95},
     ],
     "filtered BC": [
         {"episodes": 32, "actor_steps": 8, "window": 320},
-        {"episodes": 32, "actor_steps": 8, "window": 320, "actor_lr": 1e-4},
         {"episodes": 32, "actor_steps": 8, "window": 1280, "actor_lr": 1e-4},
-        {"episodes": 128, "actor_steps": 8, "window": 1280, "actor_lr": 1e-4},
-        {"episodes": 16, "actor_steps": 8, "window": 160, "actor_lr": 1e-4},
         {"episodes": 32, "actor_steps": 16, "window": 320},
+        {"episodes": 128, "actor_steps": 8, "window": 1280},
     ],
     "PPO": [
         {"episodes": 32, "ppo_epochs": 4},
-        {"episodes": 32, "ppo_epochs": 4, "lam": 0.99},
-        {"episodes": 16, "ppo_epochs": 4},
         {"episodes": 64, "ppo_epochs": 4},
         {"episodes": 32, "ppo_epochs": 4, "actor_lr": 1e-4},
-        {"episodes": 32, "ppo_epochs": 4, "actor_lr": 1e-3},
+        {"episodes": 32, "ppo_epochs": 4, "lam": 0.99},
     ],
     "REINFORCE": [
         {"episodes": 32},
         {"episodes": 32, "actor_lr": 1e-3},
         {"episodes": 16},
-        {"episodes": 16, "actor_lr": 1e-3},
         {"episodes": 64, "actor_lr": 1e-3},
-        {"episodes": 128, "actor_lr": 1e-3},
     ],
 }
 ABLATIONS = {  # of ArCHer on the detective game
@@ -559,34 +556,43 @@ SIZES_TRIED = {
 }
 
 
-def tried_runs():
+def methods_tried(game):
     """(part, game, name, seed, settings) a run."""
-    runs = []
-    for method, tried in STUDY_TRIED.items():
-        for settings in tried:
-            for game in TWO:
-                runs.append(("tried", game, method, NOT_SHOWN, settings))
-    for size, tried in SIZES_TRIED.items():
-        for settings in tried:
-            runs.append(("sizes tried", "twenty_questions_full", size, NOT_SHOWN, settings))
-    return runs
+    return [
+        ("tried", game, method, NOT_SHOWN, STUDY_TRIED[method][k])
+        for k in range(4)
+        for method in STUDY_TRIED
+    ]
 
 
-def shown_study(best):
-    """The same, of what is shown. best: {method or size: settings}."""
-    runs = []
+def methods_shown(game, runs):
+    """The same, of what is shown. runs: of `read_study`."""
+    best = {method: best_of(runs, "tried", game, method, STUDY_TRIED) for method in STUDY_TRIED}
+    return [("games", game, m, seed, x) for seed in range(5) for m, x in best.items()]
+
+
+def sizes_tried():
+    return [
+        ("sizes tried", "twenty_questions_full", size, NOT_SHOWN, settings)
+        for size, tried in SIZES_TRIED.items()
+        for settings in tried
+    ]
+
+
+def rest_shown(runs):
+    """Ablations, offline learning, sizes of the actor."""
+    usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
+    shown = []
     for seed in range(5):
-        for game in FIVE:
-            for method in LOOKS:
-                runs.append(("games", game, method, seed, best[method]))
         for name, settings in ABLATIONS.items():
-            runs.append(("ablations", "detective", name, seed, settings))
+            shown.append(("ablations", "detective", name, seed, usual | settings))
         for name, settings in OFFLINE.items():
-            runs.append(("offline", "twenty_questions", name, seed, settings))
+            shown.append(("offline", "twenty_questions", name, seed, settings))
     for seed in range(3):
         for size in SIZES_TRIED:
-            runs.append(("sizes", "twenty_questions_full", size, seed, best[size]))
-    return runs
+            best = best_of(runs, "sizes tried", "twenty_questions_full", size, SIZES_TRIED)
+            shown.append(("sizes", "twenty_questions_full", size, seed, best))
+    return shown
 
 
 def study_run(run):
@@ -629,29 +635,47 @@ def complete(path, header, runs, key_of, work, minutes):
                 csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def study(file=HERE / "study.csv"):
-    """Runs what study.csv lacks, draws, and prints the tables."""
+def study(games, draw=False, file=HERE / "study.csv"):
+    """Runs what study.csv lacks, draws, and prints the tables.
+
+    games: to compare the methods on; none: on all, then ablations, offline learning and sizes.
+    draw: only shows what has been played.
+    """
     header = "part,game,name,seed,settings,episodes,utterances,seconds,return"
 
     def key_of(run):
         *rest, settings = run
         return (*rest, words(settings))
 
-    complete(file, header, tried_runs(), key_of, study_run, 2)
-    best = best_of_study(read_study(file))
-    complete(file, header, shown_study(best), key_of, study_run, 3)
-    runs = read_study(file)
+    def play(runs):
+        if not draw:
+            complete(file, header, runs, key_of, study_run, 6)
+
+    def add(runs):
+        played = read_study(file)
+        for run in runs:
+            if key_of(run) in played:
+                shown[run[:3]].append(played[key_of(run)])
+
     shown = collections.defaultdict(list)
-    for part, game, name, seed, settings in shown_study(best):
-        shown[part, game, name].append(runs[part, game, name, seed, words(settings)])
-    shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
+    for game in games or FIVE:
+        play(methods_tried(game))
+        runs = methods_shown(game, read_study(file))
+        play(runs)
+        add(runs)
+    print(tried_in_study(read_study(file)) + "\n\n" + methods_table(shown))
     plot_methods(shown)
-    plot_offline(shown)
-    plot_ablations(shown)
-    plot_sizes(shown)
-    print(tried_in_study(runs) + "\n\n" + methods_table(shown))
-    for part in ("offline", "ablations", "sizes"):
-        print("\n" + end_table(shown, part))
+    if not games:
+        play(sizes_tried())
+        runs = rest_shown(read_study(file))
+        play(runs)
+        add(runs)
+        shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
+        plot_offline(shown)
+        plot_ablations(shown)
+        plot_sizes(shown)
+        for part in ("offline", "ablations", "sizes"):
+            print("\n" + end_table(shown, part))
 
 
 def read_study(file):
@@ -682,18 +706,15 @@ def end_of(rows):
     return statistics.mean(row[3] for row in rows[-(len(rows) // 5) :])
 
 
-def best_of_study(runs):
-    """{method or size: its settings with the best end; of a method, the mean of two games}."""
+def best_of(runs, part, game, name, tried):
+    """The settings of a method or size with the best end; the first, if none has been played."""
 
-    def end(name, settings):
-        key = (name, NOT_SHOWN, words(settings))
-        if name in SIZES_TRIED:
-            return end_of(runs[("sizes tried", "twenty_questions_full", *key)])
-        return statistics.mean(end_of(runs[("tried", game, *key)]) for game in TWO)
+    def end(settings):
+        return end_of(
+            runs.get((part, game, name, NOT_SHOWN, words(settings)), [[0, 0, 0, 0.0]] * 5)
+        )
 
-    tried = STUDY_TRIED | SIZES_TRIED
-    best = {name: max(x, key=functools.partial(end, name)) for name, x in tried.items()}
-    return {"ArCHer": {}} | best
+    return max(tried[name], key=end)
 
 
 def first(rows, share, column=0):
@@ -713,12 +734,12 @@ def spread(values, digits=0):
 
 def tried_in_study(runs):
     """What every setting came to."""
-    ends = collections.defaultdict(list)
-    for (part, _, method, _, settings), rows in runs.items():
+    rows = []
+    for (part, game, name, _, settings), run in runs.items():
         if part.endswith("tried"):
-            ends[method, settings].append(f"{end_of(rows):.2f}")
-    tried = [[*key, ", ".join(values)] for key, values in sorted(ends.items())]
-    return markdown(["method or size", "settings", "gap closed, on each game"], tried)
+            rows.append([f"`{game}`", name, settings, f"{end_of(run):.2f}", f"{run[-1][2]:.0f}"])
+    header = ["game", "method or size", f"settings, tried on seed {NOT_SHOWN}"]
+    return markdown([*header, "gap closed, last fifth", "seconds"], sorted(rows))
 
 
 def methods_table(shown):
@@ -726,12 +747,21 @@ def methods_table(shown):
     rows = []
     for (part, game, name), runs in shown.items():
         if part == "games":
-            row = [f"`{game}`", name, spread([end_of(run) for run in runs], 2)]
+            row = [f"`{game}`", name, len(runs), spread([end_of(run) for run in runs], 2)]
             for share, column in ((0.5, 0), (0.8, 0), (0.8, 2)):
                 row.append(spread([first(run, share, column) for run in runs]))
             rows.append([*row, spread([run[-1][2] for run in runs])])
     gap = "gap closed, last fifth: median (lowest to highest)"
-    header = ["game", "method", gap, "episodes to 50 %", "to 80 %", "seconds to 80 %", "in all"]
+    header = [
+        "game",
+        "method",
+        "seeds",
+        gap,
+        "episodes to 50 %",
+        "to 80 %",
+        "seconds to 80 %",
+        "in all",
+    ]
     return markdown(header, rows)
 
 
@@ -759,21 +789,20 @@ def plot_seeds(axes, runs, column, **style):
 
 
 def plot_methods(shown):
-    """A panel a game: the share of the gap against episodes."""
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    *panels, last = figure.subplots(2, 3).flat
-    last.axis("off")
-    for axes, game in zip(panels, FIVE, strict=True):
+    """A panel a game that has been played: the share of the gap against episodes."""
+    games = [game for game in FIVE if all(shown["games", game, name] for name in LOOKS)]
+    figure = Figure(figsize=(3 + 5 * len(games), 4), layout="constrained")
+    panels = figure.subplots(1, len(games), squeeze=False)[0]
+    for axes, game in zip(panels, games, strict=True):
         for name, (color, marker) in LOOKS.items():
             runs = shown["games", game, name]
             plot_seeds(axes, runs, 0, label=name, color=color, marker=marker)
-        axes.axhline(1, linestyle="--", label="optimum", **BLACK)
         axes.axhline(0, linestyle=":", label="warm start", **BLACK)
-        axes.set(xlabel="episodes played", ylim=(-0.5, 1.1), title=game)
-    panels[0].set_ylabel("share of the gap closed, sampled play")
-    panels[3].set_ylabel("share of the gap closed, sampled play")
-    last.legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
-    last.text(0, 0.05, "lines: median of five seeds; shades: their range", fontsize=9)
+        axes.set(xlabel="episodes played", title=f"{game}, {len(runs)} seeds")
+    panels[0].set_ylabel("share of the gap to the optimum, sampled play")
+    title = "median and range\nof the seeds"
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", title=title, frameon=False)
     figure.savefig(HERE / "methods.png", dpi=110)
 
 
@@ -1832,7 +1861,9 @@ def main():
     commands.add_parser("pretrained").add_argument("folders", nargs="+")
     commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
-    commands.add_parser("study")
+    comparison = commands.add_parser("study")
+    comparison.add_argument("games", nargs="*", choices=[*FIVE, []], metavar="GAME")
+    comparison.add_argument("--draw", action="store_true")
     commands.add_parser("adventure").add_argument("path", nargs="?")
     commands.add_parser("length").add_argument("--draw", action="store_true")
     commands.add_parser("price")
