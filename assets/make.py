@@ -1177,9 +1177,9 @@ def plot_adventure(shown):
 
 # Everybody has the same warm start, and at most so many episodes and iterations. Of four settings a
 # method, tried on a seed that is not shown, those with the fewest episodes are shown.
-LENGTHS = {(doors, 0): f"{doors}" for doors in (3, 6, 12, 24)}  # (doors, luck): label
-LUCKS = {(6, luck): f"{luck}" for luck in (0, 2, 4)}
-TRIED_DOORS = (12, 0)
+# Games: (doors, ways to go on from each, luck). The first of a part is the one tried.
+LENGTHS = {(doors, 6, 0): f"{doors}" for doors in (12, 3, 6, 24)}
+LUCKS = {(6, 36, luck): f"{luck}" for luck in (2, 0, 4)}
 MOST_EPISODES = 640
 MOST_ITERATIONS = 125
 DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 200_000, "gamma": 0.99}
@@ -1215,6 +1215,21 @@ DOORS_TRIED = {
         {"episodes": 32, "actor_lr": 1e-3},
     ],
 }
+# With luck, two methods were tried with other settings: more steps on what is there already.
+LUCK_TRIED = DOORS_TRIED | {
+    "ArCHer": [
+        {"episodes": 1, "critic_steps": 500, "warmup_iterations": 1},
+        {"episodes": 1, "critic_steps": 200, "warmup_iterations": 3},
+        {"episodes": 1},
+        {"episodes": 4, "critic_steps": 100},
+    ],
+    "CHAI": [
+        {"episodes": 1, "critic_steps": 500},
+        {"episodes": 1, "critic_steps": 200},
+        {"episodes": 1},
+        {"episodes": 4, "critic_steps": 100},
+    ],
+}
 # ArCHer with another advantage. The exact one needs no critic, hence no warm-up.
 ADVANTAGES = {
     "exact advantage": {"actor_loss": "exact", "critic_steps": 1, "warmup_iterations": 0},
@@ -1223,7 +1238,7 @@ ADVANTAGES = {
 
 
 class Doors(envs.TextGame):
-    """A row of doors. At each of them one of six directions leads on, the others back to the first.
+    """A row of doors. At each of them one utterance leads on, all others back to the first.
 
     Reward 10 behind the last door, 0 before. Play is truncated after four turns a door. Whatever is
     said, a turn also earns or costs `luck`, by the toss of a coin.
@@ -1263,12 +1278,28 @@ class Doors(envs.TextGame):
         return s, r + self.luck * self.coin.choice((-1, 1)), *rest
 
 
-def doors_game(doors, luck):
+class ManyWays(Doors):
+    """With 36 things to say at a door, and demonstrators who know less."""
+
+    utterances = tuple(
+        f"{verb} {colour}"
+        for verb in ("push", "pull", "lift", "turn", "kick", "open")
+        for colour in ("red", "blue", "green", "white", "black", "gold")
+    )
+    skill = 0.6
+
+
+def doors_game(doors, ways, luck):
     """The class of that length and luck."""
-    return type("Doors", (Doors,), {"length": doors, "limit": 4 * doors, "luck": luck})
+    base = {6: Doors, 36: ManyWays}[ways]
+    return type("Doors", (base,), {"length": doors, "limit": 4 * doors, "luck": luck})
 
 
-GAMES |= {f"doors_{n}_luck_{luck}": doors_game(n, luck) for n, luck in LENGTHS | LUCKS}
+def doors_name(knobs):
+    return "doors_{}_ways_{}_luck_{}".format(*knobs)
+
+
+GAMES |= {doors_name(knobs): doors_game(*knobs) for knobs in LENGTHS | LUCKS}
 
 
 def value_of_doors(actor, length, gamma):
@@ -1326,14 +1357,15 @@ def length_run(run):
     Measured without luck: a return is ten times the share of episodes that are won.
     """
     torch.set_num_threads(1)
-    doors, luck, method, seed, settings = run
+    *knobs, method, seed, settings = run
     own, settings = own_settings(DOORS | settings)
     settings["iterations"] = min(MOST_ITERATIONS, MOST_EPISODES // settings["episodes"])
-    c = Config(f"doors_{doors}_luck_{luck}", seed, **settings)
+    c = Config(doors_name(knobs), seed, **settings)
     c, actor, critic, demonstrations = archer.prepare(c)
     archer.warm_start(actor, demonstrations, c)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
-    measurements = Measurements(doors_game(doors, 0), actor, player, seed)
+    without_luck = doors_game(*knobs[:2], 0)
+    measurements = Measurements(without_luck, actor, player, seed)
     measurements.measure(500)
 
     def report(_, episodes):
@@ -1346,7 +1378,7 @@ def length_run(run):
 
     with contextlib.suppress(Arrived):
         method_of(method)(GAMES[c.env], actor, critic, demonstrations, c, report, **own)
-    key = (doors, luck, method, seed, words(run[-1]))
+    key = (*knobs, method, seed, words(run[-1]))
     return [(*key, *row[:2], f"{row[2]:.1f}", f"{row[3]:.2f}") for row in measurements.rows]
 
 
@@ -1355,7 +1387,7 @@ def length(draw=False, file=HERE / "length.csv"):
 
     draw: only shows what has been played.
     """
-    header = "doors,luck,method,seed,settings,episodes,utterances,seconds,return"
+    header = "doors,ways,luck,method,seed,settings,episodes,utterances,seconds,return"
 
     def key_of(run):
         *rest, settings = run
@@ -1365,26 +1397,25 @@ def length(draw=False, file=HERE / "length.csv"):
         if not draw:
             complete(file, header, runs, key_of, length_run, 1.5)
 
-    tried = [(method, NOT_SHOWN, x) for method, settings in DOORS_TRIED.items() for x in settings]
-    play([(*TRIED_DOORS, *run) for run in tried])
-    best = best_of_doors(read_length(file))
-    print(tried_doors_table(read_length(file)))
     shown = collections.defaultdict(dict)
-    for games in (LENGTHS, LUCKS):
+    for games, tried in ((LENGTHS, DOORS_TRIED), (LUCKS, LUCK_TRIED)):
+        knobs = next(iter(games))
+        play([(*knobs, m, NOT_SHOWN, x) for m, settings in tried.items() for x in settings])
+        best = best_of_doors(read_length(file), knobs, tried)
+        print("\n" + tried_doors_table(read_length(file), knobs, tried))
         runs = [
             (*knobs, method, seed, best[method])
-            for seed, knobs in itertools.product(range(5), games)
+            for knobs, seed in itertools.product(games, range(5))
             for method in shown_methods(knobs)
         ]
         play(runs)
         played = read_length(file)
         for run in runs:
-            doors, luck, method, seed, _ = run
+            *knobs, method, seed, _ = run
             if key_of(run) in played:
-                shown[(doors, luck), method][seed] = played[key_of(run)]
-        if all(shown[knobs, method] for knobs in games for method in LOOKS):
-            plot_length(shown)
-            print("\n" + length_table(shown, games, best))
+                shown[tuple(knobs), method][seed] = played[key_of(run)]
+        print("\n" + length_table(shown, games, best))
+        plot_length(shown)
 
 
 def shown_methods(knobs):
@@ -1393,40 +1424,42 @@ def shown_methods(knobs):
     methods = list(LOOKS)
     if knobs in LENGTHS:
         methods.append("exact advantage")
-    if knobs == (6, 0):
+    if knobs == (6, 6, 0):
         methods.append("permuted advantages")
     return methods
 
 
 def read_length(file):
-    """{(doors, luck, method, seed, settings): [(episodes, utterances, seconds, return), ...]}"""
+    """{(*knobs, method, seed, settings): [(episodes, utterances, seconds, return), ...]}"""
     runs = collections.defaultdict(list)
     with file.open() as lines:
         for row in csv.DictReader(lines):
-            key = (int(row["doors"]), int(row["luck"]), row["method"], int(row["seed"]))
+            knobs = (int(row["doors"]), int(row["ways"]), int(row["luck"]))
+            key = (*knobs, row["method"], int(row["seed"]))
             numbers = (row["episodes"], row["utterances"], row["seconds"], row["return"])
             runs[(*key, row["settings"])].append(tuple(map(float, numbers)))
     return runs
 
 
-def best_of_doors(runs):
+def best_of_doors(runs, knobs, tried):
     """{method: settings}: those with the fewest episodes to 80 % in the game tried."""
 
     def cost(method, settings):
-        return first(runs[(*TRIED_DOORS, method, NOT_SHOWN, words(settings))], 8)
+        return first(runs[(*knobs, method, NOT_SHOWN, words(settings))], 8)
 
-    best = {m: min(tried, key=functools.partial(cost, m)) for m, tried in DOORS_TRIED.items()}
+    best = {m: min(x, key=functools.partial(cost, m)) for m, x in tried.items()}
     return best | {name: best["ArCHer"] | x for name, x in ADVANTAGES.items()}
 
 
-def tried_doors_table(runs):
+def tried_doors_table(runs, knobs, tried):
     """A row a setting: episodes to 80 %; a dash: it did not arrive."""
     rows = []
-    for method, tried in DOORS_TRIED.items():
-        for settings in tried:
-            run = runs[(*TRIED_DOORS, method, NOT_SHOWN, words(settings))]
-            rows.append([method, words(settings), spread([first(run, 8)]), f"{run[-1][2]:.0f}"])
-    header = ["method", f"settings, tried on seed {NOT_SHOWN} and {TRIED_DOORS[0]} doors"]
+    for method, settings in tried.items():
+        for x in settings:
+            run = runs.get((*knobs, method, NOT_SHOWN, words(x)))
+            if run:
+                rows.append([method, words(x), spread([first(run, 8)]), f"{run[-1][2]:.0f}"])
+    header = ["method", f"settings, tried on seed {NOT_SHOWN} and {doors_name(knobs)}"]
     return markdown([*header, "episodes to 80 %", "seconds"], rows)
 
 
@@ -1447,6 +1480,7 @@ def length_table(shown, games, best):
     """
     wins = ["warm start wins", ""]
     ratios = ["PPO / ArCHer", ""]
+    games = sorted(knobs for knobs in games if all(shown[knobs, m] for m in LOOKS))
     for knobs in games:
         wins.append(f"{warm_start_wins(shown, knobs):.1%}")
         ppo, ours = (statistics.median(arrivals(shown, knobs, m)) for m in ("PPO", "ArCHer"))
@@ -1462,7 +1496,7 @@ def length_table(shown, games, best):
             row.append(f"{spread(episodes)}; {arrived}" if episodes else "")
         if any(row[2:]):
             rows.append(row)
-    header = ["method", "settings", *(f"{doors} doors, luck {luck}" for doors, luck in games)]
+    header = ["method", "settings", *map(doors_name, games)]
     return markdown(header, [wins, *rows, ratios])
 
 
@@ -1470,11 +1504,13 @@ def plot_length(shown):
     """A column for length, and one for luck once it has been played. Above, episodes to 80 %; a
     median that did not arrive is an arrow. Below, how often warm-started play wins."""
     columns = {
-        "doors in a row": (LENGTHS, "length: no luck"),
-        "luck of a turn": (LUCKS, "luck: what a turn earns or costs at random, six doors"),
+        "doors in a row": (LENGTHS, "length: six ways to go, no luck"),
+        "luck: what a turn earns or costs at random": (LUCKS, "luck: six doors, 36 utterances"),
     }
-    played = {knobs for (knobs, _), seeds in shown.items() if seeds}
-    columns = {x: column for x, column in columns.items() if played.issuperset(column[0])}
+    for label, (games, title) in columns.items():
+        games = {x: games[x] for x in sorted(games) if all(shown[x, m] for m in LOOKS)}
+        columns[label] = (games, title)
+    columns = {label: column for label, column in columns.items() if column[0]}
     figure = Figure(figsize=(3 + 5 * len(columns), 5.5), layout="constrained")
     options = {"sharex": "col", "sharey": "row", "height_ratios": (4, 1), "squeeze": False}
     panels = figure.subplots(2, len(columns), **options)
