@@ -12,8 +12,7 @@ python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
 python assets/make.py adventure FILE     adventure.csv, adventure.png, tables; FILE: detective.z5
 python assets/make.py adventure          the same from what has been played
-python assets/make.py length             length.csv, length.png and its table; two hours; the part
-                                         with luck is not played yet
+python assets/make.py length             length.csv, length.png and its tables; three hours
 python assets/make.py length --draw      the same from what has been played
 
 `signs`, `study`, `price`, `adventure` and `length` add what their files lack, and say how long it
