@@ -790,6 +790,8 @@ def plot_seeds(axes, runs, column, **style):
 def plot_methods(shown):
     """A panel a game that has been played: the share of the gap against episodes."""
     games = [game for game in FIVE if all(shown["games", game, name] for name in LOOKS)]
+    if not games:
+        return
     figure = Figure(figsize=(3 + 5 * len(games), 4), layout="constrained")
     panels = figure.subplots(1, len(games), squeeze=False)[0]
     for axes, game in zip(panels, games, strict=True):
@@ -1136,12 +1138,17 @@ def shown_table(shown):
         rows.append([*row, paper.get(method, "not shown")])
     rows.sort(key=lambda row: (row[0], list(LOOKS).index(row[1])))
     header = ["demonstrations", "method", "settings", "seeds", "points, last 240 of 1,200 episodes"]
-    header += ["episodes until 32 average 276", "greedy", "paper"]
+    header += ["episodes until the mean of 32 is 276", "greedy", "paper"]
     return markdown(header, rows)
 
 
 def plot_adventure(shown):
-    """A panel for each kind of demonstrations, a line a method: median and range of the seeds."""
+    """A panel for each kind of demonstrations that all methods have played on five seeds, a line a
+    method: median and range of the seeds."""
+    seeds = collections.defaultdict(list)
+    for (kind, *_), runs in shown.items():
+        seeds[kind].append(len(runs))
+    shown = {key: runs for key, runs in shown.items() if seeds[key[0]] == [5] * len(LOOKS)}
     kinds = {
         "usual": "400 demonstrations of up to 360 points",
         "weak": "the same, up to 150 points",
@@ -1149,13 +1156,15 @@ def plot_adventure(shown):
     kinds = {kind: text for kind, text in kinds.items() if any(key[0] == kind for key in shown)}
     figure = Figure(figsize=(4 + 5 * len(kinds), 4), layout="constrained")
     panels = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
-    for (kind, method, _), runs in sorted(shown.items(), key=lambda x: list(LOOKS).index(x[0][1])):
+    order = sorted(shown.items(), key=lambda x: list(LOOKS).index(x[0][1]))
+    for (kind, method, settings), runs in order:
         color, marker = LOOKS[method]
+        label = f"{method},\ntoken baseline" if "baseline" in settings else method
         lines = [smoothed(run) for run in runs]
         x = [episodes for episodes, _ in lines[0]]
         scores = list(zip(*([score for _, score in line] for line in lines), strict=True))
         style = {"marker": marker, "markevery": len(x) // 8, "markersize": 5, "color": color}
-        panels[kind].plot(x, [statistics.median(y) for y in scores], label=method, **style)
+        panels[kind].plot(x, [statistics.median(y) for y in scores], label=label, **style)
         low = [min(y) for y in scores]
         high = [max(y) for y in scores]
         panels[kind].fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
