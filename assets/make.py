@@ -681,7 +681,7 @@ def read_study(file):
     """{(part, game, name, seed, settings): rows of [episodes, utterances, seconds, share]}.
 
     share: of the gap between the start and the optimum. A seed's start is the lowest of its runs,
-    all of which begin alike but for filtered BC offline.
+    all of which begin alike but for filtered BC offline, and for CHAI, whose start is not counted.
     """
     runs = collections.defaultdict(list)
     with file.open() as lines:
@@ -690,11 +690,12 @@ def read_study(file):
             numbers = [float(row[x]) for x in ("episodes", "utterances", "seconds", "return")]
             runs[key].append(numbers)
     start = {}
-    for (part, game, _, seed, _), rows in runs.items():
+    for (part, game, name, seed, _), rows in runs.items():
         key = (part, game, seed)
-        start[key] = min(rows[0][3], start.get(key, math.inf))
+        if name != "CHAI":
+            start[key] = min(rows[0][3], start.get(key, math.inf))
     for (part, game, _, seed, _), rows in runs.items():
-        low = start[part, game, seed]
+        low = start.get((part, game, seed), rows[0][3])
         for row in rows:
             row[3] = (row[3] - low) / (GAMES[game].optimal_return() - low)
     return runs
