@@ -1186,9 +1186,9 @@ def plot_adventure(shown):
 
 # Everybody has the same warm start, and at most so many episodes and iterations. Of four settings a
 # method, tried on a seed that is not shown, those with the fewest episodes are shown.
-# Games: (doors, ways to go on from each, luck). The first of a part is the one tried.
-LENGTHS = {(doors, 6, 0): f"{doors}" for doors in (12, 3, 6, 24)}
-LUCKS = {(6, 36, luck): f"{luck}" for luck in (2, 0, 4)}
+# Games: (doors, luck). The first of a part is the one tried.
+LENGTHS = {(doors, 0): f"{doors}" for doors in (12, 3, 6, 24)}
+LUCKS = {(6, luck): f"{luck}" for luck in (2, 1, 4)}
 MOST_EPISODES = 640
 MOST_ITERATIONS = 125
 DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 200_000, "gamma": 0.99}
@@ -1224,21 +1224,6 @@ DOORS_TRIED = {
         {"episodes": 32, "actor_lr": 1e-3},
     ],
 }
-# With luck, two methods were tried with other settings: more steps on what is there already.
-LUCK_TRIED = DOORS_TRIED | {
-    "ArCHer": [
-        {"episodes": 1, "critic_steps": 500, "warmup_iterations": 1},
-        {"episodes": 1, "critic_steps": 200, "warmup_iterations": 3},
-        {"episodes": 1},
-        {"episodes": 4, "critic_steps": 100},
-    ],
-    "CHAI": [
-        {"episodes": 1, "critic_steps": 500},
-        {"episodes": 1, "critic_steps": 200},
-        {"episodes": 1},
-        {"episodes": 4, "critic_steps": 100},
-    ],
-}
 # ArCHer with another advantage. The exact one needs no critic, hence no warm-up.
 ADVANTAGES = {
     "exact advantage": {"actor_loss": "exact", "critic_steps": 1, "warmup_iterations": 0},
@@ -1247,7 +1232,7 @@ ADVANTAGES = {
 
 
 class Doors(envs.TextGame):
-    """A row of doors. At each of them one utterance leads on, all others back to the first.
+    """A row of doors. At each of them one of six directions leads on, the others back to the first.
 
     Reward 10 behind the last door, 0 before. Play is truncated after four turns a door. Whatever is
     said, a turn also earns or costs `luck`, by the toss of a coin.
@@ -1287,25 +1272,13 @@ class Doors(envs.TextGame):
         return s, r + self.luck * self.coin.choice((-1, 1)), *rest
 
 
-class ManyWays(Doors):
-    """With 36 things to say at a door, and demonstrators who know less."""
-
-    utterances = tuple(
-        f"{verb} {colour}"
-        for verb in ("push", "pull", "lift", "turn", "kick", "open")
-        for colour in ("red", "blue", "green", "white", "black", "gold")
-    )
-    skill = 0.6
-
-
-def doors_game(doors, ways, luck):
+def doors_game(doors, luck):
     """The class of that length and luck."""
-    base = {6: Doors, 36: ManyWays}[ways]
-    return type("Doors", (base,), {"length": doors, "limit": 4 * doors, "luck": luck})
+    return type("Doors", (Doors,), {"length": doors, "limit": 4 * doors, "luck": luck})
 
 
 def doors_name(knobs):
-    return "doors_{}_ways_{}_luck_{}".format(*knobs)
+    return "doors_{}_luck_{}".format(*knobs)
 
 
 GAMES |= {doors_name(knobs): doors_game(*knobs) for knobs in LENGTHS | LUCKS}
@@ -1373,7 +1346,7 @@ def length_run(run):
     c, actor, critic, demonstrations = archer.prepare(c)
     archer.warm_start(actor, demonstrations, c)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
-    without_luck = doors_game(*knobs[:2], 0)
+    without_luck = doors_game(knobs[0], 0)
     measurements = Measurements(without_luck, actor, player, seed)
     measurements.measure(500)
 
@@ -1396,7 +1369,7 @@ def length(draw=False, file=HERE / "length.csv"):
 
     draw: only shows what has been played.
     """
-    header = "doors,ways,luck,method,seed,settings,episodes,utterances,seconds,return"
+    header = "doors,luck,method,seed,settings,episodes,utterances,seconds,return"
 
     def key_of(run):
         *rest, settings = run
@@ -1407,11 +1380,11 @@ def length(draw=False, file=HERE / "length.csv"):
             complete(file, header, runs, key_of, length_run, 1.5)
 
     shown = collections.defaultdict(dict)
-    for games, tried in ((LENGTHS, DOORS_TRIED), (LUCKS, LUCK_TRIED)):
+    for games in (LENGTHS, LUCKS):
         knobs = next(iter(games))
-        play([(*knobs, m, NOT_SHOWN, x) for m, settings in tried.items() for x in settings])
-        best = best_of_doors(read_length(file), knobs, tried)
-        print("\n" + tried_doors_table(read_length(file), knobs, tried))
+        play([(*knobs, m, NOT_SHOWN, x) for m, tried in DOORS_TRIED.items() for x in tried])
+        best = best_of_doors(read_length(file), knobs)
+        print("\n" + tried_doors_table(read_length(file), knobs))
         runs = [
             (*knobs, method, seed, best[method])
             for knobs, seed in itertools.product(games, range(5))
@@ -1433,37 +1406,36 @@ def shown_methods(knobs):
     methods = list(LOOKS)
     if knobs in LENGTHS:
         methods.append("exact advantage")
-    if knobs == (6, 6, 0):
+    if knobs == (6, 0):
         methods.append("permuted advantages")
     return methods
 
 
 def read_length(file):
-    """{(*knobs, method, seed, settings): [(episodes, utterances, seconds, return), ...]}"""
+    """{(doors, luck, method, seed, settings): [(episodes, utterances, seconds, return), ...]}"""
     runs = collections.defaultdict(list)
     with file.open() as lines:
         for row in csv.DictReader(lines):
-            knobs = (int(row["doors"]), int(row["ways"]), int(row["luck"]))
-            key = (*knobs, row["method"], int(row["seed"]))
+            key = (int(row["doors"]), int(row["luck"]), row["method"], int(row["seed"]))
             numbers = (row["episodes"], row["utterances"], row["seconds"], row["return"])
             runs[(*key, row["settings"])].append(tuple(map(float, numbers)))
     return runs
 
 
-def best_of_doors(runs, knobs, tried):
+def best_of_doors(runs, knobs):
     """{method: settings}: those with the fewest episodes to 80 % in the game tried."""
 
     def cost(method, settings):
         return first(runs[(*knobs, method, NOT_SHOWN, words(settings))], 8)
 
-    best = {m: min(x, key=functools.partial(cost, m)) for m, x in tried.items()}
+    best = {m: min(x, key=functools.partial(cost, m)) for m, x in DOORS_TRIED.items()}
     return best | {name: best["ArCHer"] | x for name, x in ADVANTAGES.items()}
 
 
-def tried_doors_table(runs, knobs, tried):
+def tried_doors_table(runs, knobs):
     """A row a setting: episodes to 80 %; a dash: it did not arrive."""
     rows = []
-    for method, settings in tried.items():
+    for method, settings in DOORS_TRIED.items():
         for x in settings:
             run = runs.get((*knobs, method, NOT_SHOWN, words(x)))
             if run:
@@ -1513,8 +1485,8 @@ def plot_length(shown):
     """A column for length, and one for luck once it has been played. Above, episodes to 80 %; a
     median that did not arrive is an arrow. Below, how often warm-started play wins."""
     columns = {
-        "doors in a row": (LENGTHS, "length: six ways to go, no luck"),
-        "luck: what a turn earns or costs at random": (LUCKS, "luck: six doors, 36 utterances"),
+        "doors in a row": (LENGTHS, "length: no luck"),
+        "luck: what a turn earns or costs at random": (LUCKS, "luck: six doors"),
     }
     for label, (games, title) in columns.items():
         games = {x: games[x] for x in sorted(games) if all(shown[x, m] for m in LOOKS)}
