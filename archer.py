@@ -665,7 +665,7 @@ def explained(what):
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{what}: {type(error).__name__}: {str(error).strip()}") from error
 
 
 @contextlib.contextmanager

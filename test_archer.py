@@ -2549,11 +2549,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(name, stock, quick, capsys
         half = x[-1] / "half" if what == "actor" else x[-1]
         half.parent.mkdir(exist_ok=True)
         half.write_bytes(b"PK half of it")
-        raise RuntimeError("unexpected pos 470784 vs 470678")
+        raise RuntimeError("\nunexpected pos 470784 vs 470678")
 
     with mock.patch(name, full):
         line = mistake(capsys, *QUICK.split(), "--out", "run")
-    assert f"cannot write run/{what} (is the disk full?): RuntimeError: " in line
+    assert f"cannot write run/{what} (is the disk full?): RuntimeError: unexpected" in line
     assert set(os.listdir("run")) == {"checkpoint.pt", "config.json", "metrics.jsonl"}
     assert learner_in("run")["iteration"] == done
     assert go_on("run") == outcome(stock / "run")
@@ -2680,8 +2680,7 @@ GAMES_WITH_MISTAKES = {
     "good": a_game(),
     "huge": a_game("go " * 3000),
     "typo": a_game(settings={"iteration": 3}),
-    "bad_teacher": a_game(demonstrations=lambda n, seed: [[("go\n", None, 0.0, "go\n", True)]]),
-    "no_class_method": a_game(demonstrations=lambda self, n, seed=0: []),
+    "bad_teacher": a_game(demonstrations=lambda n, *, seed: [[("go\n", None, 0.0, "go\n", True)]]),
     # The others cannot be played.
     "no_tuple": a_game(reset=lambda self, seed: "go\n"),
     "no_seed": a_game(reset=lambda self: ("go\n", {})),
@@ -2717,7 +2716,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor gpt2 --env huge": "an observation has 6000 tokens, but --state-tokens or the model",
     "--demonstrations 0 | --env good | --offline no_episodes": "nothing to begin with: it",
     "--actor gpt2 --env good --episodes 0": "nothing to begin with: it",
-    "--env bad_teacher | --env no_class_method": "the demonstrations of {}: ",
+    "--env bad_teacher": "the demonstrations of {}: None is not a text",
     # files
     "--out run | --out gpt2": "cannot begin in {}: it is not empty: --resume it, or another --out",
     "--out prose | --out prose/below": "cannot begin in {}: ",
@@ -2734,9 +2733,9 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--resume elsewhere": "cannot go on from {}: use the script that adds chess to GAMES",
     "--resume edited": "the checkpoint in {} belongs to another run",
 }
-NO_GAMES = list(GAMES_WITH_MISTAKES)[5:]
-# Five files whose first line is wrong.
-MISTAKES |= {f"--offline {x}": "{}, line 1, is not a list of turns [s" for x in list(FILES)[1:6]}
+NO_GAMES = list(GAMES_WITH_MISTAKES)[4:]
+BAD_FILES = list(FILES)[1:6]  # those whose first line is wrong
+MISTAKES |= {f"--offline {name}": "{}, line 1, is not a list of turns [s," for name in BAD_FILES}
 MISTAKES |= {f"--actor gpt2 --env {name}": "{} is not as README describes" for name in NO_GAMES}
 POSITIVE = {"batch", "capacity", "critic_steps", "ppo_epochs"}
 POSITIVE |= {"evaluation_episodes", "utterance_tokens"}
