@@ -710,9 +710,8 @@ def best_of(runs, part, game, name, tried):
     """The settings of a method or size with the best end; the first, if none has been played."""
 
     def end(settings):
-        return end_of(
-            runs.get((part, game, name, NOT_SHOWN, words(settings)), [[0, 0, 0, 0.0]] * 5)
-        )
+        rows = runs.get((part, game, name, NOT_SHOWN, words(settings)))
+        return end_of(rows) if rows else -math.inf
 
     return max(tried[name], key=end)
 
@@ -1457,10 +1456,12 @@ def warm_start_wins(shown, knobs):
 def length_table(shown, games, best):
     """A row a method, a column a game: episodes to 80 %, and how many seeds got there.
 
-    Then the ratio of the medians of PPO and ArCHer, if ArCHer's arrived.
+    Then the ratio of the medians of PPO and ArCHer, if ArCHer's arrived, and the utterances that
+    both had said by then, those for learning included.
     """
     wins = ["warm start wins", ""]
     ratios = ["PPO / ArCHer", ""]
+    said = ["utterances: PPO, ArCHer", ""]
     games = sorted(knobs for knobs in games if all(shown[knobs, m] for m in LOOKS))
     for knobs in games:
         wins.append(f"{warm_start_wins(shown, knobs):.1%}")
@@ -1468,6 +1469,8 @@ def length_table(shown, games, best):
         more = "" if math.isfinite(ppo) else "more than "
         ratio = f"{more}{min(ppo, MOST_EPISODES) / ours:.1f}"
         ratios.append(ratio if math.isfinite(ours) else "–")
+        both = ([first(x, 8, 1) for x in shown[knobs, m].values()] for m in ("PPO", "ArCHer"))
+        said.append(", ".join(map(spread, both)))
     rows = []
     for method, settings in best.items():
         row = [method, words(settings)]
@@ -1478,7 +1481,7 @@ def length_table(shown, games, best):
         if any(row[2:]):
             rows.append(row)
     header = ["method", "settings", *map(doors_name, games)]
-    return markdown(header, [wins, *rows, ratios])
+    return markdown(header, [wins, *rows, ratios, said])
 
 
 def plot_length(shown):
@@ -1879,6 +1882,7 @@ def main():
     commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     comparison = commands.add_parser("study")
+    # Without games, argparse checks the empty list, too.
     comparison.add_argument("games", nargs="*", choices=[*FIVE, []], metavar="GAME")
     comparison.add_argument("--draw", action="store_true")
     commands.add_parser("adventure").add_argument("path", nargs="?")
