@@ -245,7 +245,7 @@ class TwentyQuestions(TextGame):
     limit = 20
     limit_is_part_of_task = True
     settings = {"iterations": 80}  # what a question is worth shows only in the turns after it
-    # With the default's fewer episodes and smaller rate we have not tried it yet.
+    # With the default's 32 episodes and rate of 1e-3, seed 100 ended at -5.6.
     settings |= {"episodes": 128, "warm_start_lr": 2e-3}
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95, "actor_lr": 1e-6}
 
@@ -365,7 +365,7 @@ class TwentyQuestionsFull(TwentyQuestions):
     skill = 0.9
     # Ten times as many words to learn. At half the rate an actor has left its language later on.
     settings = {"iterations": 100, "warm_start_steps": 2400, "warm_start_lr": 4e-3}
-    settings |= {"episodes": 128}  # not tried yet with the default's fewer episodes
+    settings |= {"episodes": 128}  # with 32 in 80 iterations, seed 100 ended at .3 of the gap
     paper = TwentyQuestions.paper | {"warmup_iterations": 20}
 
     @classmethod
@@ -464,7 +464,8 @@ class GuessMyCity(TwentyQuestions):
     utterances = (*facts, *guesses)
     skill = 0.45
     settings = {"iterations": 60}  # as in Twenty Questions, but fewer turns are needed
-    settings |= {"episodes": 128, "warm_start_lr": 2e-3}  # see Twenty Questions
+    # With the default's 32 episodes and rate of 1e-3, seed 100 ended at -4.0.
+    settings |= {"episodes": 128, "warm_start_lr": 2e-3}
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95}
 
     def observe(self):

@@ -1,6 +1,6 @@
 """Makes what this folder, README and tutorial.ipynb show.
 
-python assets/make.py results runs/*     results.jsonl, games.png, curve.png; prints README's table
+python assets/make.py results            results.jsonl, games.png, curve.png; prints README's table
 python assets/make.py pretrained runs/*  pretrained.jsonl, pretrained.png; prints README's table
 python assets/make.py signs              signs.csv; prints README's table; takes ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
@@ -15,9 +15,9 @@ python assets/make.py adventure          the same from what has been played
 python assets/make.py length             length.csv, length.png and its tables; three hours
 python assets/make.py length --draw      the same from what has been played
 
-`signs`, `study`, `price`, `adventure` and `length` add what their files lack, and say how long it
-will take. To play everything again, delete the file first. `notebook` needs nbclient and ipykernel,
-`adventure FILE` needs jericho.
+`results`, `signs`, `study`, `price`, `adventure` and `length` add what their files lack, and say
+how long it will take. To play everything again, delete the file first. `notebook` needs nbclient
+and ipykernel, `adventure FILE` needs jericho.
 """
 
 import argparse
@@ -78,69 +78,75 @@ def markdown(header, rows):
 
 
 # ==================================================================================================
-# results: finished runs of archer.py
+# results: `python archer.py --env GAME --seed SEED`
 # ==================================================================================================
 
+SEEDS = {"detective": (0, 1, 2, 3, 4, 102, 7002, 7003, 8128, 65537, 424242, 990002, 1123581)}
+SEEDS["detective"] += (4669201, 8675309, 20261124, 27644437, 299792458)
+SEEDS |= {game: (0, 1, 2) for game in FIVE if game not in SEEDS}
+CURVES = ("return", "value", "discounted_return")  # of the metrics
 
-def settings_of(config):
-    """What a run's command line said besides the game and the seed; empty: nothing."""
-    usual = dataclasses.asdict(Config()) | getattr(GAMES[config["env"]], "settings", {})
-    implied = {"env", "seed", "out", "device"}
-    if config["offline"]:
-        implied |= {"episodes", "capacity"}
-    changed = {k: v for k, v in config.items() if k not in implied and v != usual[k]}
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+
+def result_run(run):
+    """A run of archer.py: its summary, and the metrics of CURVES, a list of an iteration each."""
+    game, seed = run
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        summary = archer.main(["--env", game, "--seed", str(seed), "--out", folder])
+        metrics = read_lines(Path(folder, "metrics.jsonl"))
+    return summary | {name: [round(m[name], 3) for m in metrics] for name in CURVES}
+
+
+def played_until(row):
+    """The episodes played until the end of each iteration."""
+    n = len(row["return"])
+    return [row["episodes"] * k // n for k in range(1, n + 1)]
 
 
 def gap_closed(summary):
     return (summary["end"] - summary["start"]) / (summary["optimum"] - summary["start"])
 
 
-def episodes_to_95(summary, config, metrics):
+def episodes_to_95(row):
     """Episodes played when two iterations in a row first have 95 % of the gap closed, on average.
 
-    None: never.
+    Infinity: never.
     """
-    for m, after in itertools.pairwise(metrics):
-        if gap_closed(summary | {"end": (m["return"] + after["return"]) / 2}) >= 0.95:
-            return after["iteration"] * config["episodes"]
-    return None
+    pairs = itertools.pairwise(zip(played_until(row), row["return"], strict=True))
+    for (_, earned), (episodes, next_earned) in pairs:
+        if gap_closed(row | {"end": (earned + next_earned) / 2}) >= 0.95:
+            return episodes
+    return math.inf
 
 
-def results_table(summaries):
-    """README's table: a row for every game and settings, medians over the seeds."""
-    groups = collections.defaultdict(list)
-    for summary in summaries:
-        groups[summary["game"], summary["settings"]].append(summary)
-    rows = []
-    for (game, settings), runs in groups.items():
-        name = f"`{game}`, `{settings}`" if settings else f"`{game}`"
-        row = [name, ", ".join(str(run["seed"]) for run in runs)]
-        for key in ("start", "end", "greedy"):
-            row.append(f"{statistics.median(run[key] for run in runs):.2f}")
-        gaps = sorted(gap_closed(run) for run in runs if "optimum" in run)
-        row.append(
-            f"{statistics.median(gaps):.3f} ({gaps[0]:.3f} to {gaps[-1]:.3f})" if gaps else ""
-        )
-        arrived = [run["episodes_to_95"] for run in runs if run.get("episodes_to_95")]
-        row.append(f"{spread(arrived)}; {len(arrived)} seeds" if arrived else "")
-        rows.append([*row, f"{statistics.median(run['seconds'] for run in runs):.0f}"])
+def results_table(rows):
+    """README's table: a row for every game, medians over the seeds."""
+    lines = []
+    for game, seeds in SEEDS.items():
+        runs = [rows[game, seed] for seed in seeds if (game, seed) in rows]
+        line = [f"`{game}`", len(runs)]
+        for key in ("start", "end", "greedy", "optimum"):
+            line.append(f"{statistics.median(run[key] for run in runs):.2f}")
+        line.append(spread([gap_closed(run) for run in runs], 3))
+        known = [run for run in runs if "return" in run]
+        line.append(spread([episodes_to_95(run) for run in known]) if known else "")
+        lines.append([*line, spread([run["seconds"] for run in runs])])
     gap = "gap closed: median (lowest to highest)"
-    header = ["game", "seeds", "start", "end", "greedy", gap, "episodes to 95 %", "seconds"]
-    return markdown(header, rows)
+    header = ["game", "seeds", "start", "end", "greedy", "optimum", gap]
+    return markdown([*header, "episodes to 95 %", "seconds"], lines)
 
 
-def plot_games(curves):
-    """A panel a game: every seed's return against the episodes played. curves: {game: [(x, y)]}."""
+def plot_games(rows):
+    """A panel a game: every seed's return against the episodes played."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     *panels, last = figure.subplots(2, 3).flat
-    for axes in (*panels[len(curves) :], last):
-        axes.axis("off")
-    for axes, (name, seeds) in zip(panels, curves.items(), strict=False):
+    last.axis("off")
+    for axes, (name, seeds) in zip(panels, SEEDS.items(), strict=True):
         game = GAMES[name]
-        for k, (x, y) in enumerate(seeds):
+        for k, seed in enumerate(seeds):
+            row = rows[name, seed]
+            style = {"color": "#0072B2", "linewidth": 1, "alpha": 0.7}
             label = "a seed" if k == 0 else None
-            axes.plot(x, y, color="#0072B2", linewidth=1, alpha=0.7, label=label)
+            axes.plot(played_until(row), row["return"], label=label, **style)
         axes.axhline(game.optimal_return(), linestyle="--", label="optimum", **BLACK)
         axes.axhline(game.random_return(), linestyle=":", label="random", **BLACK)
         known = "at most " if hasattr(game, "bound") else ""
@@ -153,58 +159,56 @@ def plot_games(curves):
     figure.savefig(HERE / "games.png", dpi=110)
 
 
-def plot_curve(config, summary, metrics):
+def plot_curve(row):
     """Left: return against episodes. Right: what the critic expects and what the actor earns."""
-    game = GAMES[config["env"]]
-    x = [m["iteration"] * config["episodes"] for m in metrics]
+    game = GAMES[row["game"]]
+    x = played_until(row)
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     blue = {"color": "#0072B2", "marker": "o", "markersize": 3}
-    left.plot(x, [m["return"] for m in metrics], label="ArCHer, sampled play", **blue)
+    left.plot(x, row["return"], label="ArCHer, sampled play", **blue)
     levels = {"optimum": (game.optimal_return(), "--"), "random": (game.random_return(), ":")}
-    levels["start, after the warm start"] = (summary["start"], "-.")
+    levels["start, after the warm start"] = (row["start"], "-.")
     for name, (level, style) in levels.items():
         left.axhline(level, linestyle=style, label=f"{name}: {level:.2f}", **BLACK)
-    left.set(ylabel="return of an episode", title=f"{config['env']}, seed {config['seed']}")
-    value = [m["value"] for m in metrics]
-    right.plot(x, value, color="#D55E00", linestyle="--", label="expected: V of the first state")
-    earned = [m["discounted_return"] for m in metrics]
+    left.set(ylabel="return of an episode", title=f"{row['game']}, seed {row['seed']}")
+    orange = {"color": "#D55E00", "linestyle": "--"}
+    right.plot(x, row["value"], label="expected: V of the first state", **orange)
+    earned = row["discounted_return"]
     right.plot(x, earned, color="#0072B2", label="earned: discounted return")
     right.set(ylabel="discounted return", title="what the critic expects, what the actor earns")
+    warm_up = Config.warmup_iterations * row["episodes"] / len(x)
     for axes in (left, right):
-        axes.axvspan(0, config["warmup_iterations"] * config["episodes"], color="0.92", zorder=0)
+        axes.axvspan(0, warm_up, color="0.92", zorder=0)
         axes.set_xlabel("episodes played (grey: only the critic learns)")
         axes.legend(fontsize=8)
     figure.savefig(HERE / "curve.png", dpi=110)
 
 
-def results(folders):
-    """Collects finished runs. curve.png is of the default game's first one."""
-    runs = []
-    for folder in map(Path, folders):
-        if (folder / "summary.json").exists():
-            (config,) = read_lines(folder / "config.json")
-            (summary,) = read_lines(folder / "summary.json")
-            metrics = read_lines(folder / "metrics.jsonl")
-            summary = {"settings": settings_of(config), **summary}
-            if "optimum" in summary:
-                summary["episodes_to_95"] = episodes_to_95(summary, config, metrics)
-            runs.append((summary, config, metrics))
-        else:
-            print(f"not finished: {folder}", file=sys.stderr)
-    order = list(GAMES)
-    runs.sort(key=lambda run: (order.index(run[0]["game"]), run[0]["settings"], run[0]["seed"]))
-    archer.write_json(HERE / "results.jsonl", [summary for summary, _, _ in runs])
-    curves = collections.defaultdict(list)
-    for summary, config, metrics in runs:
-        if not summary["settings"]:
-            if summary["game"] == Config.env and Config.env not in curves:
-                plot_curve(config, summary, metrics)
-            x = [m["iteration"] * config["episodes"] for m in metrics]
-            curves[summary["game"]].append((x, [m["return"] for m in metrics]))
-    if curves:
-        plot_games(curves)
-    print(results_table(summary for summary, _, _ in runs))
+def results(draw=False, file=HERE / "results.jsonl"):
+    """Plays what the file lacks, a process a core; draws, and prints README's table.
+
+    Rows without curves are of earlier code. They are played again; until then games.png stays.
+    """
+    rows = {(row["game"], row["seed"]): row for row in read_lines(file)}
+    runs = [(game, seed) for game, seeds in SEEDS.items() for seed in seeds]
+    missing = [run for run in runs if "return" not in rows.get(run, {})]
+    if missing and not draw:
+        minutes = {"detective": 2, "twenty_questions_full": 14}
+        total = sum(minutes.get(game, 8) for game, _ in missing) / os.cpu_count()
+        print(f"{file.name} lacks {len(missing)} of {len(runs)} runs: about {total:.0f} minutes")
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            for row in pool.imap_unordered(result_run, missing):
+                rows[row["game"], row["seed"]] = row
+                archer.write_json(file, [rows[run] for run in runs if run in rows])
+    print(results_table(rows))
+    missing = [run for run in runs if "return" not in rows.get(run, {})]
+    if (Config.env, 0) not in missing:
+        plot_curve(rows[Config.env, 0])
+    if missing:
+        print(f"games.png is left as it is: {len(missing)} runs are missing")
+    else:
+        plot_games(rows)
 
 
 # ==================================================================================================
@@ -1877,7 +1881,7 @@ def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("results").add_argument("folders", nargs="+")
+    commands.add_parser("results").add_argument("--draw", action="store_true")
     commands.add_parser("pretrained").add_argument("folders", nargs="+")
     commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
