@@ -14,8 +14,8 @@ On one GPU, with the paper's models and most of its settings (not yet run there)
     python archer.py --preset paper --env twenty_questions_full --micro-batch 16
 
 The first half is the algorithm: models, the losses of Eqs. 1 to 3, and `ArCHer`, Algorithm 1. The
-second half is the workshop: variants (Eqs. 4 to 7, PPO), models, files, the command line. On a
-first reading it can be skipped.
+second half, the workshop, can wait: variants (Eqs. 4 to 7, PPO), the checks and metrics that the
+first half calls, files, the command line.
 Left out: LoRA, several GPUs.
 
 Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 
 import envs
 
-GAMES = getattr(envs, "GAMES", {})  # empty if another module is called envs
+GAMES = getattr(envs, "GAMES", {})  # a project that copies this file may have another `envs`
 
 
 def setting(default, help):
@@ -66,7 +66,7 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: with an --actor only")
+    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
@@ -307,8 +307,8 @@ def q_loss(q, r, done, next_v, gamma):
     """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
     q, next_v: [2, B]; row k of q learns from row k of next_v, without a minimum. next_v comes from
-    the target network. r, done: [B]; done is 1 where the task ended, 0 elsewhere, also where play
-    was only cut. Returns a mean over B, summed over the two heads.
+    the target network. r, done: [B]; done is 1 where the task ended, else 0; a time limit that only
+    cuts play is no end. Returns a mean over B, summed over the two heads.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
@@ -326,7 +326,7 @@ def v_loss(v, fresh_q):
 def advantage(q, v):
     """min(Q1, Q2) - min(V1, V2) of the online critic, [2, B] each -> [B].
 
-    The minimum of two reduces overestimation.
+    Each minimum counters the overestimation of its own value.
     """
     return q.min(0).values - v.min(0).values
 
@@ -364,7 +364,7 @@ def descend(loss_of, examples, optimizer, c):
 
 
 def rollout(game, actor, episodes, rng, greedy=False):
-    """Plays `episodes` games side by side. Returns a list of episodes, lists of transitions.
+    """Plays `episodes` games side by side. Returns a list of episodes, each a list of transitions.
 
     game: a class; reset(seed=...) -> (s, info), step(a) -> (s2, r, terminated, truncated, info).
     rng: a random.Random, for the games' seeds; utterances are drawn by torch's generator. Easy to
@@ -401,7 +401,7 @@ class ArCHer:
 
     # The attributes that have a state_dict of their own.
     stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
-    loss_of_v = staticmethod(v_loss)  # Eq. 2; WithIQL overrides it for Eq. 6
+    loss_of_v = staticmethod(v_loss)  # Eq. 2; WithIQL puts Eq. 6 in its place
 
     def __init__(self, game, actor, critic, demonstrations, c):
         """game: as for `rollout`. demonstrations: episodes as it returns them. c: a Config."""
@@ -419,7 +419,7 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # One generator seeds games, samples and shuffles. (Alg. 1, lines 4-7)
+        # Play. (Alg. 1, lines 4-7)  The buffer's generator seeds the games, too.
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
@@ -468,8 +468,8 @@ class ArCHer:
         """Tuples (s, token ids, A): states from the buffer, utterances from the current actor.
 
         Easy to overlook: the logged utterances play no part in the policy gradient. A, a scalar
-        tensor, is neither centred nor scaled, as in the paper: if all of a batch are negative, all
-        its utterances become less likely.
+        tensor, is neither centred nor scaled, as in the paper: if it is negative throughout a
+        batch, all its utterances become less likely.
         """
         s = [t.s for t in self.buffer.sample(self.c.batch)]
         a, token_ids = self.actor.act(s)
@@ -598,7 +598,7 @@ class WithPPO(ArCHer):
 
     def actor_step(self):
         examples = self.actor_examples()
-        # A frozen copy scores each micro-batch as it is padded: ratios start at exactly 1.
+        # A frozen copy scores the same padded micro-batches: ratios start at exactly 1.
         self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for _ in range(self.c.ppo_epochs):
             loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
@@ -715,7 +715,7 @@ def tiny_tokenizer(vocabulary):
 
 
 def tiny_models(tokens):
-    """A causal language model and an encoder, untrained, for a vocabulary of so many tokens.
+    """A causal language model and an encoder, untrained, for a vocabulary of this size.
 
     Found by trial: ReLU and wide initial weights let such models learn from few examples.
     """
@@ -735,9 +735,9 @@ def conventions(model, tokenizer):
     # A model may have more tokens than its tokenizer; those have no text.
     vocabulary = model.config.get_text_config().vocab_size
     texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
-    # Some tokenizers know no newline, others append a special token to every text.
-    (last,) = tokenizer.batch_decode([tokenizer.encode("\n")[-1:]])
-    require("\n" in last, "its tokenizer drops a final newline, or puts a token behind it")
+    # Some tokenizers have no newline, others append a special token to every text.
+    last = tokenizer.decode(tokenizer.encode("\n")[-1:])
+    require("\n" in last, "its tokenizer drops a final newline, or adds a token after it")
     eos = model.generation_config.eos_token_id  # a number, a list or None
     eos = [eos] if isinstance(eos, int) else eos or []
     ends = [i for i, text in enumerate(texts) if "\n" in text or i in eos]
@@ -756,14 +756,14 @@ def load(name, model_class, model, tokenizer, c):
         model = model_class.from_pretrained(name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    # The actor appends an utterance (the critic need not); RoBERTa's positions begin at 2.
+    # Room for an utterance, which the actor needs, and for RoBERTa's positions, which begin at 2.
     room = min(c.state_tokens, context - c.utterance_tokens - 2)
     require(room > 1, "no room for a state: change --state-tokens or --utterance-tokens")
     tokenizer.model_max_length = room
     return model, tokenizer
 
 
-def speaks_alone_as_in_company(actor):
+def independent_of_batch(actor):
     """Whether padding, a cache and its reordering leave the next token's logits as they are.
 
     Compares two short texts, with one cached step, to 1e-3.
@@ -787,7 +787,7 @@ def build(c, vocabulary):
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
         actor.rows = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
         actor.act(["", "Hello.\n"])  # a trial: it fails now rather than hours later
-        require(speaks_alone_as_in_company(actor), "what it says depends on the rest of a batch")
+        require(independent_of_batch(actor), "what it says depends on the rest of a batch")
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         tiny = tiny_tokenizer(vocabulary)  # its own: the two models need not read equally far
         critic = DoubleCritic(*load(c.critic, transformers.AutoModel, encoder, tiny, c)).to(device)
@@ -838,7 +838,7 @@ def metrics(learner, critic_updates, actor_updates):
     q, v = torch.stack(critic_updates).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
     if actor_updates:
-        A = torch.stack([A for examples, _ in actor_updates for _, _, A in examples])
+        A = torch.stack([x[2] for examples, _ in actor_updates for x in examples])  # (s, ids, A)
         numbers["actor_loss"] = sum(loss.item() for _, loss in actor_updates) / len(actor_updates)
         numbers["advantage_std"] = A.std(correction=0).item()
     if not learner.played:
@@ -867,7 +867,7 @@ def metrics(learner, critic_updates, actor_updates):
 def written(path):
     """Yields a path to write a file or a folder to, which is moved to `path` once it is whole.
 
-    If the run is stopped meanwhile, or the disk is full, a file at `path` is kept.
+    If the run is stopped meanwhile, or the disk is full, the old file at `path` is kept.
     """
     part = Path(f"{path}.part")
     with explained(f"cannot write {path} (is the disk full?)"):
@@ -946,7 +946,7 @@ def with_tokens(episodes, actor):
     most = actor.utterance_tokens
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
-    why = f"are not one line of {most} tokens (longest: {longest}; --utterance-tokens), such as"
+    why = f"are not a line of at most {most} tokens (longest: {longest}; --utterance-tokens):"
     require(not lost, f"{len(lost)} utterances {why} {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
@@ -1065,16 +1065,17 @@ def main(arguments=None):
                 require("vocabulary" in saved, "it is of an earlier version of archer.py")
                 require(c.env in GAMES, f"use the script that adds {c.env} to GAMES")
         else:
-            preset = getattr(game, options.preset, None) if options.preset and game else {}
+            # An unknown game is refused by `check`.
+            preset = getattr(game, options.preset, None) if game and options.preset else {}
             require(preset is not None, f"the game {options.env} has no preset {options.preset}")
             with explained(f"the settings of {options.env}"):
-                # An unknown game is refused by `check`.
                 parser.set_defaults(**vars(Config(**(getattr(game, "settings", {}) | preset))))
             (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         if not (c.actor or c.critic):
             torch.set_num_threads(1)  # more help tiny models little, and hurt on a busy machine
         return run(c, saved)
-    except (UserError, FloatingPointError) as error:  # its first sentence
+    except (UserError, FloatingPointError) as error:
+        # The first sentence.
         parser.exit(2, f"\narcher: {str(error).splitlines()[0].split('. ')[0][:240]}\n")
     finally:
         torch.set_num_threads(threads)

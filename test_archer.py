@@ -1703,7 +1703,7 @@ def test_all_architectures_equal_a_plain_loop(role, name, tmp_path, monkeypatch)
 def test_a_cache_that_mixes_up_its_rows_is_noticed(models, monkeypatch):
     reorder = transformers.DynamicCache.reorder_cache
     monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda x, i: reorder(x, 0 * i))
-    assert not archer.speaks_alone_as_in_company(models[0])
+    assert not archer.independent_of_batch(models[0])
 
 
 def byte_level(words):
@@ -2709,8 +2709,8 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor no_newline": "on 'cpu': its tokenizer drops a final newline",
     "--critic no/folder | --critic too_few": "cannot use --critic '{}'",
     "--utterance-tokens 300 | --state-tokens 1": "no room for a state: change --state-tokens",
-    "--utterance-tokens 1": "utterances are not one line of 1 tokens (longest: 5; --utterance-tok",
-    "--offline long_words": "1 utterances are not one line of 5 tokens (longest: 10; --utterance-",
+    "--utterance-tokens 1": "utterances are not a line of at most 1 tokens (longest: 5; --utteran",
+    "--offline long_words": "1 utterances are not a line of at most 5 tokens (longest: 10; --utt",
     # games
     "--env typo": "the settings of typo: TypeError: Config.__init__() got an unex",
     "--actor gpt2 --env huge": "an observation has 6000 tokens, but --state-tokens or the model",
@@ -2723,7 +2723,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--offline nowhere | --offline run | --offline gpt2/model.safetensors": "cannot read {}",
     "--offline false_done": "{}, line 3, is not a list of turns [s, a, r, s', done]: 'False' is",
     "--offline null_state": "{}, line 2, is not a list of turns [s, a, r, s', done]: None is not",
-    "--offline two_lines": "1 utterances are not one line of 5 tokens (longest: 4; --utterance-to",
+    "--offline two_lines": "1 utterances are not a line of at most 5 tokens (longest: 4; --utter",
     "--offline no_word": "--utterance-tokens), such as ['go<|endoftext|>']",
     # going on
     "--resume run --gamma 0.5 | --resume run --preset paper": "--resume takes no other option",
