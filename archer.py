@@ -736,7 +736,7 @@ def conventions(model, tokenizer):
     vocabulary = model.config.get_text_config().vocab_size
     texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
     # Some tokenizers have no newline, others append a special token to every text.
-    last = tokenizer.decode(tokenizer.encode("\n")[-1:])
+    last = tokenizer.batch_decode([tokenizer.encode("\n")[-1:]])[0]
     require("\n" in last, "its tokenizer drops a final newline, or adds a token after it")
     eos = model.generation_config.eos_token_id  # a number, a list or None
     eos = [eos] if isinstance(eos, int) else eos or []
