@@ -1,4 +1,4 @@
-"""Small text games whose exact answers are known.
+"""Small text games whose best possible return is known.
 
 They follow the Gymnasium calling convention without depending on Gymnasium:
 
@@ -6,11 +6,12 @@ They follow the Gymnasium calling convention without depending on Gymnasium:
     observation, info = game.reset(seed=0)
     observation, reward, terminated, truncated, info = game.step("go north")
 
-Your own game needs only these two methods, and no base class. End its observations with a newline.
+Your own game, a class in `GAMES`, needs only these two methods, and no base class. Without
+`demonstrations` it also needs an --actor. End its observations with a newline.
 
 The games below share `TextGame`: in each of them one hidden thing is drawn uniformly, and
-everything else follows fixed rules. Dynamic programming therefore solves them exactly. One game is
-too large for that: its optimum is known only between a lower and an upper bound.
+everything else follows fixed rules. Dynamic programming therefore solves them exactly, except
+`TwentyQuestionsFull`, which is too large: its optimum lies between a lower and an upper bound.
 """
 
 import functools
@@ -27,13 +28,13 @@ class TextGame:
     """
 
     hidden_things: tuple  # everything that may be hidden; `reset` draws one uniformly
-    public = False  # whether the first observation shows the hidden thing, which is then a goal
-    utterances: tuple  # what optimum, random play and demonstrations choose from
+    public = False  # True: the hidden thing is a goal, which the first observation shows
+    utterances: tuple  # in lower case; what optimal and random play and demonstrations choose from
     start = ()  # the position at the start; positions are hashable and known to the player
     limit: int  # maximum number of turns in an episode
     limit_is_part_of_task: bool  # True: the limit terminates; False: it truncates; see `step`
     skill = 0.5  # how often the best demonstrator says `best_utterance`; else a random one
-    settings = {}  # what the command line changes in archer.py's defaults for this game, and why
+    settings = {}  # changes to archer.py's defaults for this game, made by the command line
     paper = {  # what `--preset paper` changes; every game adds the paper's values for its task
         # the paper's models
         "actor": "gpt2",
@@ -54,6 +55,7 @@ class TextGame:
         "warm_start_lr": 1e-4,
     }
     # What `--preset pretrained` changes: a language model of GPT-2's size and an encoder, on a CPU.
+    # Found on the detective game.
     pretrained = {"actor": "HuggingFaceTB/SmolLM2-135M-Instruct"}
     pretrained |= {"critic": "sentence-transformers/all-MiniLM-L6-v2"}
     # It knows English: a sixth of the steps, at a fifth of the rate, teach it the game's phrases.
@@ -66,7 +68,8 @@ class TextGame:
     pretrained |= {"critic_steps": 40, "critic_lr": 1e-4, "actor_steps": 2, "actor_lr": 1e-5}
 
     def rules(self, position, hidden, utterance):
-        """Returns (next position, reply, reward, over). Pure: equal inputs give equal outputs."""
+        """Returns (next position, reply, reward, over). Pure; reads nothing of self but the class's
+        attributes and class methods."""
         raise NotImplementedError
 
     def observe(self):
@@ -151,7 +154,7 @@ class TextGame:
         """
         groups = {}  # outcome of the rules: the hidden things that lead to it
         for hidden in belief:
-            # `rules` reads class attributes only, so it accepts the class in place of an instance
+            # `rules` reads class attributes only: the class will do in place of an instance
             outcome = cls.rules(cls, position, hidden, utterance)
             groups.setdefault(outcome, []).append(hidden)
         return [
@@ -168,7 +171,7 @@ class TextGame:
         all utterances to one; `max` gives the optimal player, `fmean` the uniformly random one.
         turn_cost: subtracted from the reward of every turn.
         """
-        if turns_left == 0:
+        if turns_left <= 0:
             return 0.0
         return choose(
             cls.utterance_value(position, belief, turns_left, utterance, choose, turn_cost)
@@ -205,7 +208,7 @@ class TextGame:
         return fmean(cls.value(cls.start, (h,), cls.limit, fmean) for h in cls.hidden_things)
 
     def best_utterance(self):
-        """Returns the optimal player's utterance in the present state of the game."""
+        """Returns what `best` says in the present state of the game."""
         return self.best(self.position, self.belief, self.limit - self.turns)
 
     @classmethod
@@ -231,6 +234,7 @@ class TwentyQuestions(TextGame):
     The paper's game has 157 words, ten in its subset, and its oracle is a language model.
     """
 
+    # A subclass with other facts must also define what follows, up to `utterances`.
     facts = {  # question: the things for which the answer is yes
         "alive?": "dog cow eagle shark rose oak",
         "big?": "cow oak car boat",
@@ -264,7 +268,7 @@ class TwentyQuestions(TextGame):
 
 
 class TwentyQuestionsFull(TwentyQuestions):
-    """Twenty Questions, large enough to need a pretrained GPT-2.
+    """Twenty Questions, large enough for a pretrained GPT-2.
 
     It has 108 things of twelve kinds, 130 names and 38 questions. Rules, reward, turns and
     observation are those of the small game. A guess may use any name of a thing. Some things can be
@@ -363,9 +367,9 @@ class TwentyQuestionsFull(TwentyQuestions):
     }
     utterances = (*facts, *guesses)
     skill = 0.9
-    # Ten times as many words to learn. At half the rate an actor has left its language later on.
+    # Ten times as many words to learn. With 2e-3 an actor later lost the phrases of the game.
     settings = {"iterations": 100, "warm_start_steps": 2400, "warm_start_lr": 4e-3}
-    settings |= {"episodes": 128}  # with 32 in 80 iterations, seed 100 ended at .3 of the gap
+    settings |= {"episodes": 128}  # with 32, seed 100 stood at .3 of the gap for 60 iterations
     paper = TwentyQuestions.paper | {"warmup_iterations": 20}
 
     @classmethod
@@ -432,7 +436,7 @@ class GuessMyCity(TwentyQuestions):
     model.
     """
 
-    facts = {  # question: {reply: the cities that get it}
+    facts = {  # question: {reply: the cities that get it}; `rules` reads the questions only
         "which is its home continent?": {
             "Africa": "cairo algiers lagos nairobi",
             "America": "lima bogota montreal boston",
@@ -587,7 +591,7 @@ class WebShop(TextGame):
     Every episode has its own goal, a size, a colour, a kind and a maximum price, which the first
     observation shows. Only buying earns a reward: the share of the four wishes that the article
     meets, from 0 to 1. The size is met only if the player has chosen it. A search lists up to
-    three articles, those that share the most words with it, and only one of these can be opened.
+    three articles, those that share the most words with it, and no others can be opened.
     Play is truncated after 10 turns. The observation is the goal and the dialogue since the latest
     search. Nothing before that search matters.
 
@@ -631,7 +635,7 @@ class WebShop(TextGame):
     limit = 10
     limit_is_part_of_task = False
     settings = {"iterations": 110}  # many goals; a good article earns only 1/4 more than a fair one
-    # With 16 episodes and a rate of 1e-3, seed 0 ended at .90, but seed 1 at .67 in place of .90.
+    # With 16 episodes and a rate of 1e-3, seed 0 also ended at .90, but seed 1 only at .67.
     settings |= {"episodes": 128, "warm_start_lr": 2e-3}
     paper = TextGame.paper | {"episodes": 512, "warmup_iterations": 20, "gamma": 0.9}
 
