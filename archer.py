@@ -946,8 +946,8 @@ def with_tokens(episodes, actor):
     most = actor.utterance_tokens
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
-    why = f"are not a line of at most {most} tokens (longest: {longest}; --utterance-tokens):"
-    require(not lost, f"{len(lost)} utterances {why} {lost[:1]}")
+    why = f"are not a line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
+    require(not lost, f"{len(lost)} utterances {why}, such as {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 

@@ -399,8 +399,7 @@ def test_exact_eq3_as_written():
 def test_exact_alg1_lines_12_to_15_as_written():
     """target <- (1 - tau) target + tau online, and the online network stays."""
     torch.manual_seed(0)
-    target = torch.nn.Linear(3, 2)
-    online = torch.nn.Linear(3, 2)
+    target, online = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     before = copy.deepcopy(target)
     kept = copy.deepcopy(online)
     archer.soft_update(target, online, 0.3)
@@ -621,6 +620,7 @@ def test_exact_alg1_line_by_line(monkeypatch):
     assert all(c is learner.c for (_, _, _, c), _ in found["descend"])
     for optimizer, network in zip(optimizers[19:21], (learner.critic, learner.actor), strict=True):
         assert optimizer.param_groups[0]["params"] == list(network.parameters())
+    assert [x.param_groups[0]["lr"] for x in optimizers[19:21]] == [0.1, 0.05]
     trained = [rows for (_, rows, _, _), _ in found["descend"][20:]]
     assert trained == [rows for _, rows in found["actor_examples"]]
 
@@ -668,6 +668,7 @@ def test_exact_alg1_continues_bit_for_bit_from_its_state_dict():
     expected = [learner.iterate() for _ in range(3)]
     torch.manual_seed(1)
     loaded = parrot_learner(parrot_demonstrations(), some_logits(2), seed=1, **settings)
+    assert loaded.buffer.rng.getstate() != parrot_learner().buffer.rng.getstate()  # its own seed
     loaded.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     assert [loaded.iterate() for _ in range(3)] == expected
     assert len(learner.buffer.transitions) == 1000
@@ -766,8 +767,7 @@ def test_exact_eq5_in_expectation_is_the_gradient_of_the_return_whatever_the_bas
     weights = torch.tensor([len(LAW) * d[s] * pi[s, a] for s, a in LAW], dtype=torch.float64)
     v = before_each_token(dict(zip(CONTEXTS, noise(len(CONTEXTS)), strict=True)), LAW)
     A = weights * torch.stack(A)
-    v = weights[:, None] * v
-    archer.actor_loss_with_baseline(log_p, spoken, A, v).backward()
+    archer.actor_loss_with_baseline(log_p, spoken, A, weights[:, None] * v).backward()
     gradient = by_token(-actor.model.table.grad)
     assert gradient == pytest.approx(exact_gradient(some_logits()), abs=1e-6)
 
@@ -779,10 +779,7 @@ def expectile(values, tau):
     for _ in range(60):
         x = (low + high) / 2
         balance = sum((tau if y > x else 1 - tau) * (y - x) for y in values)
-        if balance > 0:
-            low = x
-        else:
-            high = x
+        low, high = (x, high) if balance > 0 else (low, x)
     return x
 
 
@@ -792,8 +789,7 @@ def test_exact_eq6_finds_the_expectiles_of_what_was_logged():
         torch.manual_seed(0)
         (transitions,) = parrot_demonstrations()
         learner = parrot_learner(critic_loss="iql", expectile=tau, clip=math.inf)
-        utterances = learner.utterances_for_v(transitions)
-        train_critic(learner, transitions, utterances, v_lr=4, steps=80)
+        train_critic(learner, transitions, learner.utterances_for_v(transitions), v_lr=4, steps=80)
         exact = backward_induction(lambda s, q, tau=tau: expectile(q.values(), tau))
         assert learner.critic.distance(*exact).max() < 1e-3
         of_the_mean = learner.critic.distance(*exact_q_and_v(UNIFORM)).max()
@@ -886,16 +882,14 @@ def both_descents(micro_batch):
     critic_losses = archer.descend(learner.critic_losses, critic_rows, learner.critic_optimizer, c)
     actor_loss = archer.descend(learner.loss_of_actor, actor_rows, learner.actor_optimizer, c)
     parameters = [*learner.critic.parameters(), *learner.actor.parameters()]
-    gradients = [p.grad for p in parameters]
-    return critic_losses, actor_loss, gradients, [p.detach() for p in parameters]
+    return critic_losses, actor_loss, [(p.grad, p.detach()) for p in parameters]
 
 
 def test_exact_micro_batches_give_the_step_and_the_loss_of_one_batch():
     whole = both_descents(0)
     assert whole[0].shape == (2,)
     for micro_batch in (1, 5, 100):  # 5: the last part is smaller
-        parts = both_descents(micro_batch)
-        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(both_descents(micro_batch), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_descend_stops_before_it_uses_a_gradient_that_is_not_finite():
@@ -1367,8 +1361,8 @@ def test_each_distinct_state_is_read_once(models, monkeypatch):
     calls = spied(monkeypatch, actor.model, "forward")
     _, said = actor.act(STATES[:2] * 200)
     speaking = [sum(len(ids) > i for ids in said) for i in range(1, actor.utterance_tokens)]
-    rows = [len(inputs["input_ids"]) for _, inputs, _ in calls]
-    assert rows == [2, *speaking]
+    assert [len(inputs["input_ids"]) for _, inputs, _ in calls] == [2, *speaking]
+    assert not any(out.logits.requires_grad for *_, out in calls)  # no graph is kept
     assert speaking[-1] < speaking[0] and len(set(map(tuple, said))) > 100
 
 
@@ -1456,6 +1450,9 @@ def test_each_head_has_its_own_row(models):
     _, critic = models
     with torch.no_grad():
         e = critic.embed(STATES)
+    for heads, inputs in ((critic.q_heads, 128), (critic.v_heads, 64)):
+        shapes = [tuple(p.shape) for p in heads.parameters() if p.ndim > 1]
+        assert shapes == [(64, inputs), (64, 64), (1, 64)] * 2
     for k in range(2):
         for heads, values in ((critic.q_heads, critic.q(e, e)), (critic.v_heads, critic.v(e))):
             critic.zero_grad()
@@ -1774,7 +1771,8 @@ def test_each_kind_of_tokenizer_ends_cuts_keeps_and_scores_utterances(kind, monk
             (text,), (ids,) = actor.act(["Hello.\n"])
         assert ids == kept and text == "is it red?"
     states = ["", "Hello.\n", "is it red?\n" * 50]
-    assert [actor.tokens_of(s)[:1] == [1] for s in states[1:]] == [begins] * 2
+    readers = (actor.tokens_of, DoubleCritic(model, tokenizer).tokens_of)
+    assert [read("Hello.\n")[:1] == [1] for read in readers] == [begins] * 2
     assert len(actor.tokens_of(states[2])) == 40
     assert actor.tokens_of(states[2])[1 - length :] == demonstrated[1:]
     said = [goes_on[:8], *ended]
@@ -1854,13 +1852,18 @@ def test_episodes_are_chains_and_only_what_terminated_is_done(models):
     actor, _ = models
     for ends in (True, False):
         game = type("Game", (Silent,), {"ends": ends})
-        episodes = archer.rollout(game, actor, 5, random.Random(0))
+        rng = random.Random(0)
+        episodes = archer.rollout(game, actor, 5, rng)
         for episode in episodes:
             assert [t.s for t in episode] == [episode[0].s, "1\n", "2\n"]
             assert [t.s2 for t in episode] == ["1\n", "2\n", "3\n"]
             assert [(t.r, t.done) for t in episode] == [(0, False), (0, False), (0, ends)]
             assert {(type(t.r), type(t.done)) for t in episode} == {(float, bool)}
-        assert len({episode[0].s for episode in episodes}) == 5  # every game has its own seed
+        more = archer.rollout(game, actor, 5, rng)
+        # Each game has its own seed.
+        assert len({episode[0].s for episode in episodes + more}) == 10
+    greedy, same = (archer.rollout(game, actor, 5, random.Random(0), greedy=True) for _ in "12")
+    assert greedy == same
 
 
 class Weather:
@@ -2042,8 +2045,8 @@ def test_the_limit_ends_a_game_that_shows_the_turn_and_cuts_one_that_does_not(ga
     steps = play(game(), lambda g: g.utterances[0], seed=0)
     assert len(steps) == game.limit
     assert steps[-1][2:4] == (game.limit_is_part_of_task, not game.limit_is_part_of_task)
-    texts_differ = len({step[0] for step in steps}) == game.limit  # they show how many are left
-    assert texts_differ == game.limit_is_part_of_task
+    # Texts that all differ show how many turns are left.
+    assert (len({step[0] for step in steps}) == game.limit) == game.limit_is_part_of_task
 
 
 NOISE = ["", "\n", "go", "accuse", "take", "search", "open", "dog", "\x00", "DOG?", "go \t up"]
@@ -2499,8 +2502,7 @@ def test_twenty_kills_never_set_a_run_back(stock, quick):
         assert status in (0, signal.SIGKILL), "the child could not go on"
         kills += status == signal.SIGKILL
         if Path(folder, "checkpoint.pt").exists():
-            before = done
-            done = learner_in(folder)["iteration"]
+            before, done = done, learner_in(folder)["iteration"]
             assert done >= before
             progress += done > before
         if Path(folder, "summary.json").exists():
@@ -2516,10 +2518,8 @@ def mistake(capsys, *arguments):
     capsys.readouterr()
     with pytest.raises(SystemExit) as error:
         archer.main(list(arguments))
-    shown = capsys.readouterr().err
-    (line,) = [line for line in shown.splitlines() if line.startswith("archer")]
-    assert error.value.code == 2
-    assert len(line) < 260 and line.isprintable()
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("archer")]
+    assert error.value.code == 2 and len(line) < 260 and line.isprintable()
     return line
 
 
