@@ -179,8 +179,8 @@ class Actor(nn.Module):
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.model(**x, **{self.cache_name: cache}, use_cache=True, logits_to_keep=keep)
-        # Some models ignore `logits_to_keep`.
-        return out.logits[:, -keep:].float(), out[self.cache_name]
+        # Some models ignore `logits_to_keep`; with gradient checkpointing there is no cache.
+        return out.logits[:, -keep:].float(), out.get(self.cache_name)
 
     def act(self, states, greedy=False):
         """Samples an utterance at each state; greedy: the likeliest token each time. No gradients.
@@ -280,7 +280,10 @@ class DoubleCritic(nn.Module):
         return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
 
     def forward(self, s, a):
-        """Q of utterances at states and V of the states, [2, B] each. s, a: lists of B texts."""
+        """Q of utterances at states and V of the states, [2, B] each.
+
+        s, a: lists of B texts, the utterances without their newline.
+        """
         e_s, e_a = self.embed([*s, *a]).split(len(s))
         return self.q(e_s, e_a), self.v(e_s)
 
@@ -307,8 +310,8 @@ def q_loss(q, r, done, next_v, gamma):
     """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
     q, next_v: [2, B]; row k of q learns from row k of next_v, without a minimum. next_v comes from
-    the target network. r, done: [B]; done is 1 where the task ended, else 0; a time limit that only
-    cuts play is no end. Returns a mean over B, summed over the two heads.
+    the target network. r, done: [B], floats; done is 1 where the task ended, else 0; a time limit
+    that only cuts play is no end. Returns a mean over B, summed over the two heads.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
@@ -555,6 +558,7 @@ class TokenBaseline(nn.Module):
     def __init__(self, actor):
         super().__init__()
         self.join = actor.join  # a method, so that the actor does not become a submodule
+        self.autocast = actor.autocast
         self.model = copy.deepcopy(actor.model)
         h = self.model.config.get_text_config().hidden_size
         self.head = nn.Linear(h, 1, device=self.model.device)
@@ -564,8 +568,10 @@ class TokenBaseline(nn.Module):
         ids, mask, spoken = self.join(states, token_ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        out = self.model(**x, output_hidden_states=True, logits_to_keep=1)  # logits are not used
-        hidden = out.hidden_states[-1][:, -spoken.shape[1] - 1 : -1]
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
+            # Its logits are not used.
+            out = self.model(**x, output_hidden_states=True, logits_to_keep=1)
+        hidden = out.hidden_states[-1][:, -spoken.shape[1] - 1 : -1].float()
         return self.head(hidden).squeeze(2), spoken
 
 
@@ -747,17 +753,17 @@ def conventions(model, tokenizer):
     return nn.Buffer(torch.tensor(ends), persistent=False), "cache" if new else "past_key_values"
 
 
-def load(name, model_class, model, tokenizer, c):
+def load(name, model_class, model, tokenizer, c, reserved=0):
     """The model called `name`, in float32, and its tokenizer; without a name, the given pair.
 
-    The tokenizer will truncate texts to what the settings allow and the model can read.
+    The tokenizer will truncate texts to what the settings allow and the model can read. reserved:
+    the tokens that the model must have room for behind a text.
     """
     if name:
         model = model_class.from_pretrained(name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    # Room for an utterance, which the actor needs, and for RoBERTa's positions, which begin at 2.
-    room = min(c.state_tokens, context - c.utterance_tokens - 2)
+    room = min(c.state_tokens, context - reserved - 2)  # RoBERTa's positions begin at 2
     require(room > 1, "no room for a state: change --state-tokens or --utterance-tokens")
     tokenizer.model_max_length = room
     return model, tokenizer
@@ -783,7 +789,8 @@ def build(c, vocabulary):
     model, encoder = tiny_models(len(tokenizer))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explained(f"cannot use --actor {c.actor!r} on {device!r}"):
-        model, tokenizer = load(c.actor, transformers.AutoModelForCausalLM, model, tokenizer, c)
+        causal = transformers.AutoModelForCausalLM
+        model, tokenizer = load(c.actor, causal, model, tokenizer, c, reserved=c.utterance_tokens)
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
         actor.rows = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
         actor.act(["", "Hello.\n"])  # a trial: it fails now rather than hours later

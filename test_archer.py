@@ -1561,7 +1561,13 @@ def test_bfloat16_stays_inside_the_models(models, monkeypatch):
     said = [ids_of(actor, a) for a in UTTERANCES[:2]]
     exact = [actor.log_probs(STATES[:2], said)[0], *critic(STATES[:2], UTTERANCES[:2])]
     actor.autocast = critic.autocast = True
-    assert learner_of(models).target.autocast
+    learner = learner_of(models, actor_loss="baseline")
+    assert learner.target.autocast
+    value, _ = learner.baseline(STATES[:2], said)
+    learner.baseline.autocast = False
+    exact_value, _ = learner.baseline(STATES[:2], said)
+    assert value.dtype == torch.float32 and not torch.equal(value, exact_value)
+    assert torch.allclose(value, exact_value, rtol=0.1, atol=0.3)
     log_p, spoken = actor.log_probs(STATES[:2], said)
     q, v = critic(STATES[:2], UTTERANCES[:2])
     for rough, sharp in zip((log_p, q, v), exact, strict=True):
@@ -1783,6 +1789,44 @@ def test_each_kind_of_tokenizer_ends_cuts_keeps_and_scores_utterances(kind, monk
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**suffix)
     with pytest.raises(archer.UserError, match="its tokenizer drops a final newline"):
         Actor(model, tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore:.*checkpointing_enable")  # its new name is not in 4.57
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_gradient_checkpointing_as_in_the_tutorial(name, tmp_path):
+    """Training mode around `log_probs`, without dropout: the same log-probabilities and gradients.
+
+    Speech, in evaluation mode, is not affected.
+    """
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
+    tiny_model(name, "actor", tmp_path, **none)
+    actor, _ = archer.build(Config(actor=str(tmp_path)), vocabulary())
+    said = [ids_of(actor, a) for a in UTTERANCES[:2]]
+
+    def step():
+        actor.zero_grad()
+        log_p, spoken = actor.log_probs(STATES[:2], said)
+        archer.actor_loss(log_p, spoken, torch.tensor([1.0, -2.0])).backward()
+        return [log_p.detach(), *(p.grad for p in actor.parameters() if p.grad is not None)]
+
+    plain, speech = step(), actor.act(STATES[:2], greedy=True)
+    actor.model.gradient_checkpointing_enable()
+    actor.model.train()
+    for x, y in zip(step(), plain, strict=True):
+        assert torch.allclose(x, y, atol=1e-5)
+    actor.model.eval()
+    assert actor.act(STATES[:2], greedy=True) == speech
+
+
+def test_only_the_actor_leaves_room_for_an_utterance():
+    """It reads 256 tokens in all; the critic, of 512, reads a text alone."""
+    actor, critic = archer.build(Config(utterance_tokens=200), vocabulary())
+    long = "Done. " * 300
+    assert len(actor.tokens_of(long)) == actor.tokenizer.model_max_length == 54
+    assert len(critic.tokens_of(long)) == critic.tokenizer.model_max_length == 510
+    critic.embed([long])
+    with pytest.raises(archer.UserError, match="no room for a state"):
+        archer.build(Config(utterance_tokens=254), vocabulary())
 
 
 def test_a_model_is_loaded_in_float32_bounded_in_memory_and_saved(tmp_path, monkeypatch):
