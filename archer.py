@@ -1055,7 +1055,7 @@ def run(c, saved=None):
 def main(arguments=None):
     """The command line: an option for each setting, and one line for each mistake."""
     parser = transformers.HfArgumentParser(Config, prog="archer.py", description="ArCHer")
-    parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see README")
+    parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
     parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
     options = parser.parse_args(arguments)
     game = GAMES.get(options.env)
