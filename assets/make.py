@@ -1490,15 +1490,16 @@ def length_table(shown, games, best):
 
 def plot_length(shown):
     """A column for length, and one for luck once it has been played. Above, episodes to 80 %; a
-    median that did not arrive is an arrow. Below, how often warm-started play wins."""
-    columns = {
-        "doors in a row": (LENGTHS, "length: no luck"),
-        "luck: what a turn earns or costs at random": (LUCKS, "luck: six doors"),
-    }
-    for label, (games, title) in columns.items():
-        games = {x: games[x] for x in sorted(games) if all(shown[x, m] for m in LOOKS)}
-        columns[label] = (games, title)
-    columns = {label: column for label, column in columns.items() if column[0]}
+    median that did not arrive is an arrow; a number says how many seeds arrived, if not all did.
+    Below, how often warm-started play wins."""
+
+    def played(games):
+        return {x: games[x] for x in sorted(games) if all(shown[x, m] for m in LOOKS)}
+
+    columns = {"doors in a row": (played(LENGTHS), "length: no luck")}
+    if played(LUCKS):
+        lucks = played({(6, 0): "0"} | LUCKS)  # six doors without luck are in both columns
+        columns["luck: what a turn earns or costs at random"] = (lucks, "luck: six doors")
     figure = Figure(figsize=(3 + 5 * len(columns), 5.5), layout="constrained")
     options = {"sharex": "col", "sharey": "row", "height_ratios": (4, 1), "squeeze": False}
     panels = figure.subplots(2, len(columns), **options)
@@ -1509,23 +1510,29 @@ def plot_length(shown):
             x, y = [], []
             for place, knobs in enumerate(games):
                 if shown[knobs, method]:
-                    x.append(place + 0.06 * (k - 3))  # side by side
-                    y.append(statistics.median(arrivals(shown, knobs, method)))
+                    x.append(place + 0.1 * (k - 3))  # side by side
+                    episodes = arrivals(shown, knobs, method)
+                    y.append(statistics.median(episodes))
+                    arrived = sum(map(math.isfinite, episodes))
                     if math.isinf(y[-1]):
                         seeds = shown[knobs, method].values()
                         y[-1] = statistics.median(rows[-1][0] for rows in seeds)
                         arrow = {"arrowstyle": "->", "color": color, "linewidth": 2}
                         upper.annotate("", (x[-1], 2 * y[-1]), (x[-1], y[-1]), arrowprops=arrow)
-            upper.plot(x, y, label=method, **style)
+                    if arrived < len(episodes):
+                        below = {"ha": "center", "fontsize": 8}
+                        upper.text(x[-1], 0.68 * y[-1], arrived, color=color, **below)
+            name = f"ArCHer, {method}" if method in ADVANTAGES else method
+            upper.plot(x, y, label=name, **style)
         upper.set(yscale="log", ylim=(0.8, 2.2 * MOST_EPISODES), title=title)
         lower.plot(range(len(games)), [warm_start_wins(shown, x) for x in games], "o-k")
         lower.set_xticks(range(len(games)), games.values())
         lower.set(xlabel=label, ylim=(0, 1))
-    panels[0][0].set_ylabel("episodes to 80 % of the wins")
+    panels[0][0].set_ylabel("episodes until 80 % are won")
     panels[1][0].set_ylabel("warm start wins")
     lines = panels[0][0].get_legend_handles_labels()
     budget = f"{MOST_EPISODES} episodes\nor {MOST_ITERATIONS} iterations"
-    title = f"median of the seeds;\narrow: not within\n{budget}"
+    title = f"median of five seeds\narrow: not within\n{budget}\nnumber: seeds that arrive"
     figure.legend(*lines, loc="outside right center", title=title, frameon=False)
     figure.savefig(HERE / "length.png", dpi=110)
 
