@@ -29,6 +29,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import random
@@ -687,7 +688,7 @@ def opened(game, n=1):
 
 def text(x):
     """x, with lone surrogates as "?", for tokenizers. Raises UserError if it is not a `str`."""
-    require(isinstance(x, str), f"{x!r} is not a text")
+    require(isinstance(x, str), f"not a text, but a {type(x).__name__}: {x!r}")
     return x.encode(errors="replace").decode()
 
 
@@ -923,14 +924,24 @@ def check(c):
             require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
 
 
-def first_turn(c):
-    """One turn, to try the game before any work is lost."""
+def trial_episode(c):
+    """The states of an episode of nonsense, which shows mistakes in a game before any work is lost.
+
+    Raises UserError if a turn is not as it should be, or if there are 1,000.
+    """
+    states = []
     with explained(f"{c.env} is not as README describes a game"), opened(GAMES[c.env]) as (game,):
         with explained("reset(seed=0)"):
             s, _ = game.reset(seed=0)
-        with explained("step('look')"):
-            s2, r, terminated, _, _ = game.step("look")
-        return checked(s, "look", r, s2, terminated)
+        for a in itertools.islice(itertools.cycle(("look", "", "?!")), 1000):
+            with explained(f"step({a!r})"):
+                s2, r, terminated, truncated, _ = game.step(a)
+            s, _, _, s2, _ = checked(s, a, r, s2, terminated)
+            states.append(s)
+            if terminated or truncated:
+                return [*states, s2]
+            s = s2
+        raise UserError("after 1,000 turns an episode is neither terminated nor truncated")
 
 
 def given_episodes(c):
@@ -953,8 +964,8 @@ def with_tokens(episodes, actor):
     most = actor.utterance_tokens
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
-    why = f"are not a line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
-    require(not lost, f"{len(lost)} utterances {why}, such as {lost[:1]}")
+    line = f"a line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
+    require(not lost, f"utterances that are not {line}: {len(lost)}, such as {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 
@@ -969,7 +980,7 @@ def prepare(c, vocabulary=None):
     c = dataclasses.replace(c, **{k: x.item() for k, x in vars(c).items() if hasattr(x, "item")})
     check(c)
     transformers.set_seed(c.seed)  # of torch, and of random and numpy, from which a game may draw
-    first, _, _, second, _ = first_turn(c)
+    first, second, *_ = trial_episode(c)
     episodes = [] if vocabulary else given_episodes(c)
     if c.offline and not vocabulary:  # no play, and all of the file in the buffer
         c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, episodes)))
@@ -1067,6 +1078,8 @@ def main(arguments=None):
             alone = options == parser.parse_args(["--resume", folder])  # nothing else was given
             require(alone, "--resume takes no other option")
             with explained(f"cannot go on from {folder}"):
+                begun = Path(folder, "checkpoint.pt").exists()
+                require(begun, "it has no checkpoint: begin again, without --resume")
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
                 c = Config(**(saved["config"] | {"out": folder}))
                 require("vocabulary" in saved, "it is of an earlier version of archer.py")
