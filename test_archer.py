@@ -1559,18 +1559,15 @@ def test_bfloat16_stays_inside_the_models(models, monkeypatch):
     assert not (Actor.autocast or DoubleCritic.autocast)  # only `build` turns it on
     actor, critic = models
     said = [ids_of(actor, a) for a in UTTERANCES[:2]]
+    baseline = learner_of(models, actor_loss="baseline").baseline
     exact = [actor.log_probs(STATES[:2], said)[0], *critic(STATES[:2], UTTERANCES[:2])]
-    actor.autocast = critic.autocast = True
+    exact.append(baseline(STATES[:2], said)[0])
+    actor.autocast = critic.autocast = baseline.autocast = True
     learner = learner_of(models, actor_loss="baseline")
-    assert learner.target.autocast
-    value, _ = learner.baseline(STATES[:2], said)
-    learner.baseline.autocast = False
-    exact_value, _ = learner.baseline(STATES[:2], said)
-    assert value.dtype == torch.float32 and not torch.equal(value, exact_value)
-    assert torch.allclose(value, exact_value, rtol=0.1, atol=0.3)
+    assert learner.target.autocast and learner.baseline.autocast
     log_p, spoken = actor.log_probs(STATES[:2], said)
     q, v = critic(STATES[:2], UTTERANCES[:2])
-    for rough, sharp in zip((log_p, q, v), exact, strict=True):
+    for rough, sharp in zip((log_p, q, v, baseline(STATES[:2], said)[0]), exact, strict=True):
         assert rough.dtype == torch.float32 and not torch.equal(rough, sharp)
         assert torch.allclose(rough, sharp, rtol=0.1, atol=0.3)
     (archer.actor_loss(log_p, spoken, torch.ones(2)) + q.sum() + v.sum()).backward()
@@ -1792,14 +1789,12 @@ def test_each_kind_of_tokenizer_ends_cuts_keeps_and_scores_utterances(kind, monk
 
 
 @pytest.mark.filterwarnings("ignore:.*checkpointing_enable")  # its new name is not in 4.57
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_gradient_checkpointing_as_in_the_tutorial(name, tmp_path):
+def test_gradient_checkpointing_as_in_the_tutorial(tmp_path):
     """Training mode around `log_probs`, without dropout: the same log-probabilities and gradients.
 
     Speech, in evaluation mode, is not affected.
     """
-    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if name == "gpt2" else {}
-    tiny_model(name, "actor", tmp_path, **none)
+    tiny_model("llama", "actor", tmp_path)
     actor, _ = archer.build(Config(actor=str(tmp_path)), vocabulary())
     said = [ids_of(actor, a) for a in UTTERANCES[:2]]
 
@@ -1825,8 +1820,6 @@ def test_only_the_actor_leaves_room_for_an_utterance():
     assert len(actor.tokens_of(long)) == actor.tokenizer.model_max_length == 54
     assert len(critic.tokens_of(long)) == critic.tokenizer.model_max_length == 510
     critic.embed([long])
-    with pytest.raises(archer.UserError, match="no room for a state"):
-        archer.build(Config(utterance_tokens=254), vocabulary())
 
 
 def test_a_model_is_loaded_in_float32_bounded_in_memory_and_saved(tmp_path, monkeypatch):
