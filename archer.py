@@ -393,7 +393,9 @@ def rollout(game, actor, episodes, rng, greedy=False):
 class ArCHer:
     """Algorithm 1: `iterate` is one iteration, and changes actor and critic in place.
 
-        learner = ArCHer(game, actor, critic, demonstrations, c)
+        c, actor, critic, demonstrations = prepare(Config())
+        warm_start(actor, demonstrations, c)
+        learner = ArCHer(GAMES[c.env], actor, critic, demonstrations, c)
         for _ in range(c.iterations):
             print(learner.iterate())
 
@@ -569,8 +571,8 @@ class TokenBaseline(nn.Module):
         ids, mask, spoken = self.join(states, token_ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        # The logits are not used.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-            # Its logits are not used.
             out = self.model(**x, output_hidden_states=True, logits_to_keep=1)
         hidden = out.hidden_states[-1][:, -spoken.shape[1] - 1 : -1].float()
         return self.head(hidden).squeeze(2), spoken

@@ -2770,7 +2770,8 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--offline no_word": "--utterance-tokens): 1, such as ['go<|endoftext|>']",
     # going on
     "--resume run --gamma 0.5 | --resume run --preset paper": "--resume takes no other option",
-    "--resume nowhere | --resume prose | --resume gpt2 | --resume unknown": "cannot go on from {}",
+    "--resume nowhere | --resume prose | --resume gpt2": "cannot go on from {}: it has no checkp",
+    "--resume unknown": "cannot go on from {}",
     "--resume truncated | --resume plain | --resume partless": "cannot go on from {}",
     "--resume early": "cannot go on from early: it is of an earlier version",
     "--resume elsewhere": "cannot go on from {}: use the script that adds chess to GAMES",
@@ -2833,6 +2834,7 @@ def test_python_in_readme_runs(quick, monkeypatch):
 def test_every_command_in_readme_is_accepted(monkeypatch):
     given = spied(monkeypatch, archer, "run", lambda *x: x)
     monkeypatch.setattr(torch, "load", lambda *x, **named: {"config": {}, "vocabulary": ""})
+    monkeypatch.setattr(Path, "exists", lambda path: True)
     commands = []
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S):
         commands += re.findall(r"python archer\.py([^;&|#\n]*)", block.replace("\\\n", " "))
