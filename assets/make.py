@@ -1537,7 +1537,7 @@ def plot_length(shown):
             x, y = [], []
             for place, knobs in enumerate(games):
                 if shown[knobs, method]:
-                    x.append(place + 0.1 * (k - 3))  # side by side
+                    x.append(place + 0.06 * (k - 3))  # side by side
                     episodes = arrivals(shown, knobs, method)
                     y.append(statistics.median(episodes))
                     arrived = sum(map(math.isfinite, episodes))
@@ -1547,7 +1547,7 @@ def plot_length(shown):
                         arrow = {"arrowstyle": "->", "color": color, "linewidth": 2}
                         upper.annotate("", (x[-1], 2 * y[-1]), (x[-1], y[-1]), arrowprops=arrow)
                     if arrived < len(episodes):
-                        below = {"ha": "center", "fontsize": 8}
+                        below = {"ha": "left" if k > 3 else "right", "fontsize": 8}
                         upper.text(x[-1], 0.68 * y[-1], arrived, color=color, **below)
             name = f"ArCHer, {method}" if method in ADVANTAGES else method
             upper.plot(x, y, label=name, **style)
