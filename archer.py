@@ -5,7 +5,7 @@ utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-leve
 (Eq. 3), in which the critic's advantage weights all tokens of an utterance.
 
     python archer.py                          the detective game, a tiny GPT-2, a minute or two
-    python archer.py --env twenty_questions   another game, eight minutes
+    python archer.py --env twenty_questions   another game, five minutes
     python archer.py --preset pretrained      a language model of 135M parameters, an hour
     python archer.py --help                   every setting
 
