@@ -2,6 +2,7 @@
 
 python assets/make.py results            results.jsonl, games.png, curve.png; prints README's table
 python assets/make.py pretrained runs/*  pretrained.jsonl, pretrained.png; prints README's table
+python assets/make.py repeats FOLDER     a table of what repeated utterances cost; FOLDER: a run
 python assets/make.py signs              signs.csv; prints README's table; takes ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
@@ -255,6 +256,50 @@ def pretrained(folders):
         rest = [f"{gap_closed(run):.3f}", first, run["episodes"]]
         rows.append([run["actor"], run["seed"], *numbers, *rest])
     header = ["actor", "seed", "start", "end", "greedy", "gap closed", "first at 9.5", "episodes"]
+    print(markdown(header, rows))
+
+
+# ==================================================================================================
+# repeats: what an actor earns that says nothing twice
+# ==================================================================================================
+
+
+class WithoutRepeats:
+    """An actor that speaks again, sampled, if what it would say is in the observation already."""
+
+    def __init__(self, actor):
+        self.actor = actor
+
+    def act(self, states, greedy=False):
+        texts, token_ids = self.actor.act(states, greedy)
+        for _ in range(30):  # at most
+            pairs = enumerate(zip(states, texts, strict=True))
+            again = [i for i, (s, a) in pairs if f" {a}" in s]
+            if not again:
+                break
+            spoken = self.actor.act([states[i] for i in again])
+            for i, text, ids in zip(again, *spoken, strict=True):
+                texts[i], token_ids[i] = text, ids
+        return texts, token_ids
+
+
+def repeats(folder):
+    """500 games each of sampled and greedy play, with and without repeats."""
+    (settings,) = read_lines(Path(folder, "config.json"))
+    c, actor, _, _ = archer.prepare(Config(**settings | {"out": ""}))
+    checkpoint = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True)
+    actor.load_state_dict(checkpoint["learner"]["actor"])
+    rows = []
+    for player in (actor, WithoutRepeats(actor)):
+        for greedy in (False, True):
+            episodes = rollout(GAMES[c.env], player, 500, random.Random(0), greedy)
+            repeated = [len(e) - len({t.a for t in e}) for e in episodes]
+            full = [len(e) == GAMES[c.env].limit for e in episodes]
+            name = "greedy" if greedy else "sampled"
+            name += ", repeats sampled again" if player is not actor else ""
+            numbers = [f"{mean_return(episodes):.2f}", f"{statistics.mean(repeated):.2f}"]
+            rows.append([name, *numbers, f"{statistics.mean(full):.0%}"])
+    header = ["play", "return", "repeated utterances per episode", "episodes of all turns"]
     print(markdown(header, rows))
 
 
@@ -1917,6 +1962,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("results").add_argument("--draw", action="store_true")
     commands.add_parser("pretrained").add_argument("folders", nargs="+")
+    commands.add_parser("repeats").add_argument("folder")
     commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     comparison = commands.add_parser("study")
@@ -1930,7 +1976,13 @@ def main():
     commands.add_parser("released").add_argument("folder")
     options = vars(parser.parse_args())
     functions = {"results": results, "pretrained": pretrained, "notebook": notebook}
-    functions |= {"signs": signs, "study": study, "price": price, "speed": speed}
+    functions |= {
+        "repeats": repeats,
+        "signs": signs,
+        "study": study,
+        "price": price,
+        "speed": speed,
+    }
     functions |= {"adventure": adventure, "length": length, "released": released}
     functions[options.pop("command")](**options)
 
