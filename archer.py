@@ -45,9 +45,9 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-import envs
-
-GAMES = getattr(envs, "GAMES", {})  # a project that copies this file may have another `envs`
+GAMES = {}
+with contextlib.suppress(ImportError):  # a project may have no `envs`, or another one
+    from envs import GAMES
 
 
 def setting(default, help):

@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -2326,6 +2327,10 @@ def test_another_module_may_be_called_envs_and_names_any_script(stock, quick):
     Path("envs/__init__.py").write_text("GAMES_OF_MINE = 7")
     code = f"import sys; sys.path.append({str(HERE)!r}); import archer; assert not archer.GAMES"
     subprocess.run([sys.executable, "-c", code], check=True)
+    Path("alone").mkdir()
+    shutil.copy(HERE / "archer.py", "alone")
+    code = "import archer; assert not archer.GAMES"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="alone")
     script = [str(HERE / "archer.py"), *QUICK.split(), "--iterations", "0", "--out", "猫"]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
     shown = subprocess.run([sys.executable, "-O", *script], capture_output=True, env=environment)
