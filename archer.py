@@ -67,7 +67,7 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = setting(2000, "to imitate, first in the buffer; 0: needs an --actor")
+    demonstrations: int = setting(2000, "to imitate; the last fill the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
@@ -106,10 +106,10 @@ class Config:
 # ==================================================================================================
 
 # One turn. s: all that the agent may know, as text that should end in a newline. a: the utterance,
-# without its newline. ids: its tokens as they were sampled, the end token included unless the
-# utterance was cut. r: the reward. s2: the next state. done: the task ended, so that s2 has the
-# value 0. A time limit that is not part of the task (`truncated`) leaves it False: there the critic
-# bootstraps.
+# without its newline. ids: its tokens as they were sampled (in demonstrations and files: as the
+# text is tokenised), the end token included unless the utterance was cut. r: the reward. s2: the
+# next state. done: the task ended, so that s2 has the value 0. A time limit that is not part of the
+# task (`truncated`) leaves it False: there the critic bootstraps.
 Transition = collections.namedtuple("Transition", "s a ids r s2 done")
 
 
@@ -153,7 +153,8 @@ class Actor(nn.Module):
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
     gap. Position ids skip the padding, so that a row does not depend on its batch mates. Dropout
-    stays off (never call `train()`), so that what is scored is what was sampled.
+    stays off, so that what is scored is what was sampled. (For gradient checkpointing call
+    `train()` around `log_probs` only, with all dropout rates 0.)
     """
 
     autocast = False  # bfloat16 inside the model; softmax and losses in float32; set by `build`
@@ -230,8 +231,8 @@ class Actor(nn.Module):
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
 
-        token_ids: as they were sampled; a text that is tokenised again may have others. Returns
-        log-probabilities, valid only where spoken is 1, and spoken: [B, L] each.
+        token_ids: as they were sampled; a text that is tokenised again may have others.
+        Returns log-probabilities, valid only where spoken is 1, and spoken: [B, L] each.
         """
         ids, mask, spoken = self.join(states, token_ids)
         L = spoken.shape[1]
@@ -330,7 +331,8 @@ def v_loss(v, fresh_q):
 def advantage(q, v):
     """min(Q1, Q2) - min(V1, V2) of the online critic, [2, B] each -> [B].
 
-    Each minimum counters the overestimation of its own value.
+    Each minimum counters the overestimation of its own value. Their difference need not have mean
+    0 under the policy.
     """
     return q.min(0).values - v.min(0).values
 
@@ -347,8 +349,8 @@ def actor_loss(log_p, spoken, A):
 def descend(loss_of, examples, optimizer, c):
     """One clipped step on a loss that is a mean over examples. Returns the loss, detached.
 
-    examples: a list of tuples (x, y, ...). loss_of(xs, ys, ...): returns a loss, or a vector of
-    losses whose sum is minimised. c.clip: the largest gradient norm.
+    examples: a list of tuples (x, y, ...). loss_of(xs, ys, ...): takes tuples of equal length;
+    returns a loss, or a vector of losses whose sum is minimised. c.clip: the largest gradient norm.
     c.micro_batch: examples per backward pass; the gradients add up to the same step, in less
     memory. optimizer: of one network, in one group. Raises FloatingPointError before a gradient
     that is not finite is used.
@@ -377,7 +379,7 @@ def rollout(game, actor, episodes, rng, greedy=False):
     """
     played = [[] for _ in range(episodes)]
     with opened(game, episodes) as games:
-        states = {i: text(g.reset(seed=rng.randrange(2**31))[0]) for i, g in enumerate(games)}
+        states = {i: as_text(g.reset(seed=rng.randrange(2**31))[0]) for i, g in enumerate(games)}
         while states:  # of the games that still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # over a copy
@@ -393,16 +395,17 @@ def rollout(game, actor, episodes, rng, greedy=False):
 class ArCHer:
     """Algorithm 1: `iterate` is one iteration, and changes actor and critic in place.
 
-        c, actor, critic, demonstrations = prepare(Config())
+        settings = GAMES["detective"].settings  # of the game
+        c, actor, critic, demonstrations = prepare(Config("detective", **settings))
         warm_start(actor, demonstrations, c)
         learner = ArCHer(GAMES[c.env], actor, critic, demonstrations, c)
         for _ in range(c.iterations):
             print(learner.iterate())
 
     With `c.episodes` of 0 it learns offline. The losses are functions of tensors; the methods
-    `loss_of_...` and `critic_losses` feed them. `state_dict` covers all that an iteration changes:
-    on a CPU, and in games that draw from their seed alone, a resumed run equals an uninterrupted
-    one bit for bit.
+    `loss_of_actor` and `critic_losses` feed them. `state_dict` covers all that an iteration
+    changes: on a CPU, and in games that draw from their seed alone, a resumed run equals an
+    uninterrupted one bit for bit.
     """
 
     # The attributes that have a state_dict of their own.
@@ -425,7 +428,7 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # Play. (Alg. 1, lines 4-7)  The buffer's generator seeds the games, too.
+        # Play. The buffer's generator seeds the games, too. (Alg. 1, lines 4-7)
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
@@ -434,17 +437,17 @@ class ArCHer:
         transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         self.buffer.rng.shuffle(examples)
-        critic_updates = []
+        q_and_v_losses = []
         for batch in split(examples, c.batch):  # (Alg. 1, line 8)
             # Q and V step together, since they share an encoder. (Alg. 1, lines 9-10)
-            critic_updates.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
+            q_and_v_losses.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
             soft_update(self.target, self.critic, c.tau)  # (Alg. 1, lines 12-15)
 
         # No actor steps in the warm-up. (Alg. 1, lines 20-23; lines 16-19 are in WithBaseline)
         steps = c.actor_steps if self.iteration >= c.warmup_iterations else 0
         actor_updates = [self.actor_step() for _ in range(steps)]
         self.iteration += 1
-        return metrics(self, critic_updates, actor_updates)
+        return metrics(self, q_and_v_losses, actor_updates)
 
     def utterances_for_v(self, transitions):
         """For Eq. 2, what the current actor says at each state."""
@@ -523,10 +526,10 @@ def actor_loss_with_baseline(log_p, spoken, A, v):
 
 
 def expectile_loss(v, q, expectile):
-    """V learns an expectile of Q over logged utterances; near 1, that of the best (Eq. 6).
+    """V learns an expectile of Q over logged utterances; near 1, almost the best Q (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
-    Our transcription of Eq. 6 has V - Q, which would give a low expectile.
+    We know Eq. 6 at second hand, with V - Q, which would give a low expectile.
     Returns a mean over B, summed over the two heads.
     """
     u = q.detach() - v
@@ -546,10 +549,9 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
 def ppo_loss(log_p, old_log_p, spoken, A, clip):
     """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
 
-    log_p, old_log_p, spoken: [B, L]. A: [B, 1], one per utterance (not [B]), or [B, L], one per
-    token.
+    log_p, old_log_p, spoken: [B, L]. A: [B], one per utterance, or [B, L], one per token.
     """
-    A = A.detach()
+    A = A.detach().reshape(len(A), -1)
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -(torch.minimum(ratio * A, clipped * A) * spoken).sum(1).mean()
@@ -574,12 +576,13 @@ class TokenBaseline(nn.Module):
         # The logits are not used.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.model(**x, output_hidden_states=True, logits_to_keep=1)
-        hidden = out.hidden_states[-1][:, -spoken.shape[1] - 1 : -1].float()
+        hidden = out.hidden_states[-1][:, -spoken.shape[1] - 1 : -1].float()  # at i-1, for i
         return self.head(hidden).squeeze(2), spoken
 
 
 class WithBaseline(ArCHer):
-    """Eqs. 4 and 5. Baseline steps precede each actor step (Algorithm 1: only the first)."""
+    """Eqs. 4 and 5. Baseline steps precede every actor step, so that the warm-up has none; in
+    Algorithm 1 they come once per iteration."""
 
     stateful = (*ArCHer.stateful, "baseline", "baseline_optimizer")
 
@@ -616,7 +619,7 @@ class WithPPO(ArCHer):
     def loss_of_actor(self, s, token_ids, A):
         log_p, spoken = self.actor.log_probs(s, token_ids)
         old_log_p, _ = self.old_actor.log_probs(s, token_ids)
-        return ppo_loss(log_p, old_log_p, spoken, torch.stack(A)[:, None], self.c.ppo_clip)
+        return ppo_loss(log_p, old_log_p, spoken, torch.stack(A), self.c.ppo_clip)
 
 
 class WithAWR(ArCHer):
@@ -688,7 +691,7 @@ def opened(game, n=1):
         yield games
 
 
-def text(x):
+def as_text(x):
     """x, with lone surrogates as "?", for tokenizers. Raises UserError if it is not a `str`."""
     require(isinstance(x, str), f"not a text, but a {type(x).__name__}: {x!r}")
     return x.encode(errors="replace").decode()
@@ -703,7 +706,7 @@ def checked(s, a, r, s2, done):
     with explained(f"the reward {r!r}"):
         require(math.isfinite(r), "it is not finite")
     require(done in (True, False), f"{done!r} is not true or false")
-    return text(s), text(a).removesuffix("\n"), float(r), text(s2), bool(done)
+    return as_text(s), as_text(a).removesuffix("\n"), float(r), as_text(s2), bool(done)
 
 
 def learn_vocabulary(texts):
@@ -760,13 +763,14 @@ def load(name, model_class, model, tokenizer, c, reserved=0):
     """The model called `name`, in float32, and its tokenizer; without a name, the given pair.
 
     The tokenizer will truncate texts to what the settings allow and the model can read. reserved:
-    the tokens that the model must have room for behind a text.
+    the tokens that the model must have room for after a text.
     """
     if name:
         model = model_class.from_pretrained(name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    room = min(c.state_tokens, context - reserved - 2)  # RoBERTa's positions begin at 2
+    # 2 less, since RoBERTa's positions begin at 2; it costs other models two tokens.
+    room = min(c.state_tokens, context - reserved - 2)
     require(room > 1, "no room for a state: change --state-tokens or --utterance-tokens")
     tokenizer.model_max_length = room
     return model, tokenizer
@@ -835,7 +839,7 @@ def mean_return(episodes, gamma=1.0):
 
 
 @torch.no_grad()
-def metrics(learner, critic_updates, actor_updates):
+def metrics(learner, q_and_v_losses, actor_updates):
     """The numbers of an iteration, a dict; README says how to read them.
 
     Losses are means over the steps; actor_loss is that of the variant. advantage_std: the spread of
@@ -845,7 +849,7 @@ def metrics(learner, critic_updates, actor_updates):
     that this is a cross-entropy, and jumps if the policy does. distinct: different utterances over
     all utterances. cut: the share without an end token. tokens: per utterance.
     """
-    q, v = torch.stack(critic_updates).mean(0).tolist()
+    q, v = torch.stack(q_and_v_losses).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
     if actor_updates:
         A = torch.stack([x[2] for examples, _ in actor_updates for x in examples])  # (s, ids, A)
@@ -877,7 +881,7 @@ def metrics(learner, critic_updates, actor_updates):
 def written(path):
     """Yields a path to write a file or a folder to, which is moved to `path` once it is whole.
 
-    If the run is stopped meanwhile, or the disk is full, the old file at `path` is kept.
+    If the run is stopped meanwhile, or the disk is full, an old file at `path` is kept.
     """
     part = Path(f"{path}.part")
     with explained(f"cannot write {path} (is the disk full?)"):
@@ -901,7 +905,7 @@ def read_episodes(path):
     """One episode per line, in JSON: a list of turns [s, a, r, s', done]. See `checked`."""
     with explained(f"cannot read {path}"):
         # Not splitlines, which also splits at U+2028. "utf-8-sig" drops a byte-order mark,
-        # "surrogatepass" admits lone surrogates, which `text` replaces.
+        # "surrogatepass" admits lone surrogates, which `as_text` replaces.
         lines = Path(path).read_text("utf-8-sig", "surrogatepass").split("\n")
     episodes = []
     for number, line in enumerate(lines, 1):
@@ -929,7 +933,7 @@ def check(c):
 def trial_episode(c):
     """The states of an episode of nonsense, which shows mistakes in a game before any work is lost.
 
-    Raises UserError if a turn is not as it should be, or if there are 1,000.
+    Raises UserError if a turn is not as it should be, or if 1,000 turns are not the end.
     """
     states = []
     with explained(f"{c.env} is not as README describes a game"), opened(GAMES[c.env]) as (game,):
@@ -1020,12 +1024,13 @@ def write_checkpoint(folder, state, learner):
 def run(c, saved=None):
     """A whole run: warm start, Algorithm 1, evaluation. Returns its summary.
 
-    saved: the content of a checkpoint to go on from; without one, the run is new.
+    saved: the content of a checkpoint to go on from; without one, the run is new. In the summary,
+    the seconds are those since the start or the last `--resume`.
     """
     began = time.time()
     c, actor, critic, demonstrations = prepare(c, saved and saved["vocabulary"])
     game = GAMES[c.env]
-    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # called with a generator
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # still lacks its `rng`
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
     folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now}")
     if not saved:
@@ -1097,8 +1102,8 @@ def main(arguments=None):
             torch.set_num_threads(1)  # more help tiny models little, and hurt on a busy machine
         return run(c, saved)
     except (UserError, FloatingPointError) as error:
-        # The first sentence.
-        parser.exit(2, f"\narcher: {str(error).splitlines()[0].split('. ')[0][:240]}\n")
+        # The first line: transformers may write many.
+        parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")
     finally:
         torch.set_num_threads(threads)
 

@@ -417,7 +417,7 @@ LOSSES = {  # where the slope is taken, and the loss as a function of what it tr
     "eq5": (LOG_P, lambda x: archer.actor_loss_with_baseline(x, SPOKEN, A, TOKEN_V)),
     "eq6": (V, lambda v: archer.expectile_loss(v, FRESH_Q, 0.9)),
     "eq7": (LOG_P, lambda log_p: archer.awr_loss(log_p, SPOKEN, A, 1.0)),
-    "ppo": (LOG_P, lambda x: archer.ppo_loss(x, OLD_LOG_P, SPOKEN, A[:, None], 0.2)),
+    "ppo": (LOG_P, lambda x: archer.ppo_loss(x, OLD_LOG_P, SPOKEN, A, 0.2)),
 }
 
 
@@ -718,11 +718,11 @@ def test_exact_eq7_as_written():
 
 def test_exact_ppo_as_written():
     """J = E[sum_i min(ratio A, clip(ratio) A)], for advantages of utterances and of tokens."""
-    for each in (A[:, None], TOKEN_V):
+    for each in (A, A[:, None], TOKEN_V):
         J = 0.0
         for b, i in SPOKEN_PLACES:
             ratio = math.exp(LOG_P[b, i] - OLD_LOG_P[b, i])
-            a = each.expand(7, 4)[b, i].item()
+            a = each.reshape(7, -1).expand(7, 4)[b, i].item()
             J += min(ratio * a, min(max(ratio, 0.8), 1.2) * a) / 7
         loss = archer.ppo_loss(LOG_P, OLD_LOG_P, SPOKEN, each, 0.2)
         assert loss.item() == pytest.approx(-J, rel=1e-12)
@@ -1140,7 +1140,7 @@ ZOO = {
     ],
     "test_exact_alg1_line_by_line": [
         # Targets are synced once an iteration. Slow: a reward hardly travels back in an iteration.
-        ("soft_update(self.target", "if len(critic_updates) == 1: soft_update(self.target"),
+        ("soft_update(self.target", "if len(q_and_v_losses) == 1: soft_update(self.target"),
         # The target is the critic itself. `q_loss` is restless, and `value` overshoots.
         ("self.target = copy.deepcopy(critic).requires_grad_(False)", "self.target = critic"),
         # Play is greedy. Flat: the buffer holds one utterance a state, and Q knows no other.
@@ -2362,9 +2362,9 @@ def test_metrics_by_hand(models):
     second = Transition("on\n", "b", said[1], 4.0, "off\n", True)
     learner = types.SimpleNamespace(iteration=5, critic=critic, c=Config(gamma=0.5), actor=actor)
     learner.played = [[first, second], [second._replace(s="off\n", ids=said[2])]]
-    critic_updates = [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])]
+    q_and_v_losses = [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])]
     rows = [("go\n", [1], torch.tensor(A)) for A in (1.0, 3.0)]
-    found = archer.metrics(learner, critic_updates, [(rows, torch.tensor(6.0))] * 2)
+    found = archer.metrics(learner, q_and_v_losses, [(rows, torch.tensor(6.0))] * 2)
     value = critic.v(critic.embed(["go\n", "off\n"])).min(0).values.mean().item()
     expected = {"iteration": 5, "q_loss": 1.5, "v_loss": 4.0, "actor_loss": 6.0, "return": 4.5}
     expected |= {"advantage_std": 1.0, "value": value, "discounted_return": 3.5, "turns": 1.5}
@@ -2654,6 +2654,7 @@ FILES = {
     "null_state": '[]\n[["go", "go", 0.0, null, true]]',
     "two_lines": '[["go", "go\\ngo", 0.0, "go", true], ["go", "go", 0.0, "go", true]]',
     "no_word": '[["go", "go<|endoftext|>", 0.0, "go", true]]',
+    "sentences": '[["go", "Up. Or\\nnot.", 0.0, "go", true]]',
     "long_words": '[["go", "go go go go go go go go go", 0.0, "go", true]]',
 }
 
@@ -2772,6 +2773,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--offline false_done": "{}, line 3, is not a list of turns [s, a, r, s', done]: 'False' is",
     "--offline null_state": "{}, line 2, is not a list of turns [s, a, r, s', done]: not a te",
     "--offline two_lines": "not a line of at most 5 tokens (longest: 4; --utterance-tokens): 1, ",
+    "--offline sentences": "1, such as ['Up. Or\\nnot.']",
     "--offline no_word": "--utterance-tokens): 1, such as ['go<|endoftext|>']",
     # going on
     "--resume run --gamma 0.5 | --resume run --preset paper": "--resume takes no other option",
