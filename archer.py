@@ -677,7 +677,8 @@ def explained(what):
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {str(error).strip()}") from error
+        why, *_ = str(error).strip().split(". ")  # the first sentence; some libraries write pages
+        raise UserError(f"{what}: {type(error).__name__}: {why}") from error
 
 
 @contextlib.contextmanager
@@ -1102,7 +1103,6 @@ def main(arguments=None):
             torch.set_num_threads(1)  # more help tiny models little, and hurt on a busy machine
         return run(c, saved)
     except (UserError, FloatingPointError) as error:
-        # The first line: transformers may write many.
         parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")
     finally:
         torch.set_num_threads(threads)
