@@ -395,7 +395,7 @@ def rollout(game, actor, episodes, rng, greedy=False):
 class ArCHer:
     """Algorithm 1: `iterate` is one iteration, and changes actor and critic in place.
 
-        settings = GAMES["detective"].settings  # of the game
+        settings = GAMES["detective"].settings  # what this game changes
         c, actor, critic, demonstrations = prepare(Config("detective", **settings))
         warm_start(actor, demonstrations, c)
         learner = ArCHer(GAMES[c.env], actor, critic, demonstrations, c)
@@ -694,7 +694,7 @@ def opened(game, n=1):
 
 def as_text(x):
     """x, with lone surrogates as "?", for tokenizers. Raises UserError if it is not a `str`."""
-    require(isinstance(x, str), f"not a text, but a {type(x).__name__}: {x!r}")
+    require(isinstance(x, str), f"not a text but {type(x).__name__}: {x!r}")
     return x.encode(errors="replace").decode()
 
 

@@ -1580,6 +1580,9 @@ def test_bfloat16_stays_inside_the_models(models, monkeypatch):
     half = types.SimpleNamespace(last_hidden_state=torch.ones(1, 1, 64, dtype=torch.bfloat16))
     monkeypatch.setattr(critic.encoder, "forward", lambda **inputs: half)
     assert critic.embed(["\n"]).dtype == torch.float32  # whatever the encoder ends in
+    half = types.SimpleNamespace(hidden_states=[torch.ones(2, 9, 64, dtype=torch.bfloat16)])
+    monkeypatch.setattr(baseline.model, "forward", lambda **inputs: half)
+    assert baseline(STATES[:2], said)[0].dtype == torch.float32
 
 
 class Kept:
@@ -2722,6 +2725,7 @@ def contents(folder):
 GAMES_WITH_MISTAKES = {
     "good": a_game(),
     "huge": a_game("go " * 3000),
+    "grows": a_game(step=lambda self, a: ("go " * 3000, 0.0, a == "", False, {})),
     "typo": a_game(settings={"iteration": 3}),
     "bad_teacher": a_game(demonstrations=lambda n, *, seed: [[("go\n", None, 0.0, "go\n", True)]]),
     # The others cannot be played.
@@ -2759,13 +2763,13 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--offline long_words": "that are not a line of at most 5 tokens (longest: 10; --utterance-t",
     # games
     "--env typo": "the settings of typo: TypeError: Config.__init__() got an unex",
-    "--actor gpt2 --env huge": "an observation has 6000 tokens, but --state-tokens or the model",
+    "--actor gpt2 --env huge | --actor gpt2 --env grows": "an observation has 6000 tokens, but",
     "--demonstrations 0 | --env good | --offline no_episodes": "nothing to begin with: it",
     "--actor gpt2 --env good --episodes 0": "nothing to begin with: it",
     "--env endless": "{} is not as README describes a game: after 1,000 turns an",
     "--env knows_one_word": "{} is not as README describes a game: step(''): KeyError: ''",
-    "--env in_numbers": "{} is not as README describes a game: not a text, but a int: 7",
-    "--env bad_teacher": "the demonstrations of {}: not a text, but a NoneType",
+    "--env in_numbers": "{} is not as README describes a game: not a text but int: 7",
+    "--env bad_teacher": "the demonstrations of {}: not a text but NoneType",
     # files
     "--out run | --out gpt2": "cannot begin in {}: it is not empty: --resume it, or another --out",
     "--out prose | --out prose/below": "cannot begin in {}: ",
@@ -2784,7 +2788,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--resume elsewhere": "cannot go on from {}: use the script that adds chess to GAMES",
     "--resume edited": "the checkpoint in {} belongs to another run",
 }
-NO_GAMES = list(GAMES_WITH_MISTAKES)[4:]
+NO_GAMES = list(GAMES_WITH_MISTAKES)[5:]
 BAD_FILES = list(FILES)[1:6]  # those whose first line is wrong
 MISTAKES |= {f"--offline {name}": "{}, line 1, is not a list of turns [s," for name in BAD_FILES}
 MISTAKES |= {f"--actor gpt2 --env {name}": "{} is not as README describes" for name in NO_GAMES}
