@@ -2725,7 +2725,7 @@ def contents(folder):
 GAMES_WITH_MISTAKES = {
     "good": a_game(),
     "huge": a_game("go " * 3000),
-    "grows": a_game(step=lambda self, a: ("go " * 3000, 0.0, a == "", False, {})),
+    "grows": a_game(step=lambda self, a: ("go " * 3000, 0.0, a != "look", False, {})),
     "typo": a_game(settings={"iteration": 3}),
     "bad_teacher": a_game(demonstrations=lambda n, *, seed: [[("go\n", None, 0.0, "go\n", True)]]),
     # The others cannot be played.
