@@ -6,8 +6,9 @@ python assets/make.py repeats FOLDER     a table of what repeated utterances cos
 python assets/make.py signs              signs.csv; prints README's table; takes ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
-python assets/make.py study GAMES        study.csv, methods.png, tables; --draw: of what was played
-python assets/make.py study              the same for all games, ablations, offline, sizes: hours
+python assets/make.py study              study.csv, its pictures and tables: eight hours
+python assets/make.py study NAMES        only these games, or ablations, offline, sizes
+python assets/make.py study NAMES --draw the same from what has been played
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
@@ -627,17 +628,20 @@ def sizes_tried():
     ]
 
 
-def rest_shown(runs):
-    """Ablations, offline learning, sizes of the actor."""
-    usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
+def rest_shown(names, runs):
+    """Ablations, offline learning, sizes of the actor: those of them that are named."""
     shown = []
-    for seed in range(5):
-        for name, settings in ABLATIONS.items():
-            shown.append(("ablations", "detective", name, seed, usual | settings))
-        for name, settings in OFFLINE.items():
+    if "ablations" in names:
+        usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
+        for seed in range(5):
+            shown.append(("games", "detective", "ArCHer", seed, usual))
+            for name, settings in ABLATIONS.items():
+                shown.append(("ablations", "detective", name, seed, usual | settings))
+    if "offline" in names:
+        for seed, (name, settings) in itertools.product(range(5), OFFLINE.items()):
             shown.append(("offline", "twenty_questions", name, seed, settings))
-    for seed in range(3):
-        for size in SIZES_TRIED:
+    if "sizes" in names:
+        for seed, size in itertools.product(range(3), SIZES_TRIED):
             best = best_of(runs, "sizes tried", "twenty_questions_full", size, SIZES_TRIED)
             shown.append(("sizes", "twenty_questions_full", size, seed, best))
     return shown
@@ -683,47 +687,46 @@ def complete(path, header, runs, key_of, work, minutes):
                 csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-def study(games, draw=False, file=HERE / "study.csv"):
+def study(names, draw=False, file=HERE / "study.csv"):
     """Runs what study.csv lacks, draws, and prints the tables.
 
-    games: to compare the methods on; none: on all, then ablations, offline learning and sizes.
+    names: games to compare the methods on, and other parts; none: all.
     draw: only shows what has been played.
     """
+    names = names or [*FIVE, *PARTS]
     header = "part,game,name,seed,settings,episodes,utterances,seconds,return"
+    wanted = {}
 
     def key_of(run):
         *rest, settings = run
         return (*rest, words(settings))
 
     def play(runs):
-        if not draw:
+        if runs and not draw:
             complete(file, header, runs, key_of, study_run, 6)
+        wanted.update({key_of(run): run[:3] for run in runs})
 
-    def add(runs):
-        played = read_study(file)
-        for run in runs:
-            if key_of(run) in played:
-                shown[run[:3]].append(played[key_of(run)])
-
-    shown = collections.defaultdict(list)
-    for game in games or FIVE:
-        play(methods_tried(game))
-        runs = methods_shown(game, read_study(file))
-        play(runs)
-        add(runs)
-    print(tried_in_study(read_study(file)) + "\n\n" + methods_table(shown))
-    plot_methods(shown)
-    if not games:
+    for game in FIVE:
+        if game in names:
+            play(methods_tried(game))
+            play(methods_shown(game, read_study(file)))
+    if "sizes" in names:
         play(sizes_tried())
-        runs = rest_shown(read_study(file))
-        play(runs)
-        add(runs)
-        shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
-        plot_offline(shown)
-        plot_ablations(shown)
-        plot_sizes(shown)
-        for part in ("offline", "ablations", "sizes"):
+    play(rest_shown(names, read_study(file)))
+
+    played = read_study(file)
+    shown = collections.defaultdict(list)
+    for key, name in wanted.items():
+        if key in played:
+            shown[name].append(played[key])
+    shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
+    print(tried_in_study(played) + "\n\n" + methods_table(shown))
+    plot_methods(shown)
+    for part, plot in PARTS.items():
+        if part in names:
             print("\n" + end_table(shown, part))
+            if all(key in played for key in wanted if key[0] == part):
+                plot(shown)
 
 
 def read_study(file):
@@ -908,6 +911,9 @@ def plot_sizes(shown):
     left.legend(fontsize=8)
     right.set(xlabel="seconds on one core", title="the same against time")
     figure.savefig(HERE / "sizes.png", dpi=110)
+
+
+PARTS = {"ablations": plot_ablations, "offline": plot_offline, "sizes": plot_sizes}
 
 
 # ==================================================================================================
@@ -1966,8 +1972,8 @@ def main():
     commands.add_parser("signs")
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     comparison = commands.add_parser("study")
-    # Without games, argparse checks the empty list, too.
-    comparison.add_argument("games", nargs="*", choices=[*FIVE, []], metavar="GAME")
+    # Without names, argparse checks the empty list, too.
+    comparison.add_argument("names", nargs="*", choices=[*FIVE, *PARTS, []], metavar="NAME")
     comparison.add_argument("--draw", action="store_true")
     commands.add_parser("adventure").add_argument("path", nargs="?")
     commands.add_parser("length").add_argument("--draw", action="store_true")
