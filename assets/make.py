@@ -549,15 +549,15 @@ STUDY_EPISODES = 2560
 STUDY_TRIED = {
     "ArCHer": [
         {"episodes": 32},
+        {"episodes": 16},
         {"episodes": 64},
-        {"episodes": 128},
-        {"episodes": 64, "actor_steps": 8},
+        {"episodes": 32, "actor_steps": 8},
     ],
     "CHAI": [
         {"episodes": 32},
+        {"episodes": 16},
         {"episodes": 64},
-        {"episodes": 128},
-        {"episodes": 64, "gamma": 0.95},
+        {"episodes": 32, "gamma": 0.95},
     ],
     "filtered BC": [
         {"episodes": 32, "actor_steps": 8, "window": 320},
