@@ -1205,8 +1205,8 @@ def plot_adventure(shown):
         seeds[kind].append(len(runs))
     shown = {key: runs for key, runs in shown.items() if seeds[key[0]] == [5] * len(LOOKS)}
     kinds = {
-        "usual": "400 demonstrations of up to 360 points",
-        "weak": "the same, up to 150 points",
+        "usual": "400 demonstrations, up to 360 points",
+        "weak": "400 weak demonstrations, up to 150 points",
     }
     kinds = {kind: text for kind, text in kinds.items() if any(key[0] == kind for key in shown)}
     figure = Figure(figsize=(4 + 5 * len(kinds), 4), layout="constrained")
@@ -1588,7 +1588,7 @@ def plot_length(shown):
             x, y = [], []
             for place, knobs in enumerate(games):
                 if shown[knobs, method]:
-                    x.append(place + 0.06 * (k - 3))  # side by side
+                    x.append(place + 0.09 * (k - 3))  # side by side
                     episodes = arrivals(shown, knobs, method)
                     y.append(statistics.median(episodes))
                     arrived = sum(map(math.isfinite, episodes))
@@ -1598,8 +1598,9 @@ def plot_length(shown):
                         arrow = {"arrowstyle": "->", "color": color, "linewidth": 2}
                         upper.annotate("", (x[-1], 2 * y[-1]), (x[-1], y[-1]), arrowprops=arrow)
                     if arrived < len(episodes):
-                        below = {"ha": "left" if k > 3 else "right", "fontsize": 8}
-                        upper.text(x[-1], 0.68 * y[-1], arrived, color=color, **below)
+                        below = {"ha": "center", "va": "top", "fontsize": 8}
+                        below["bbox"] = {"color": "white", "pad": 0.5}
+                        upper.text(x[-1], 0.8 * y[-1], arrived, color=color, **below)
             name = f"ArCHer, {method}" if method in ADVANTAGES else method
             upper.plot(x, y, label=name, **style)
         upper.set(yscale="log", ylim=(0.8, 2.2 * MOST_EPISODES), title=title)
@@ -1610,7 +1611,8 @@ def plot_length(shown):
     panels[1][0].set_ylabel("warm start wins")
     lines = panels[0][0].get_legend_handles_labels()
     budget = f"{MOST_EPISODES} episodes\nor {MOST_ITERATIONS} iterations"
-    title = f"median of five seeds\narrow: not within\n{budget}\nnumber: seeds that arrive"
+    numbers = "number: seeds that arrive,\nif not all"
+    title = f"median of five seeds\narrow: not within\n{budget}\n{numbers}"
     figure.legend(*lines, loc="outside right center", title=title, frameon=False)
     figure.savefig(HERE / "length.png", dpi=110)
 
