@@ -9,7 +9,7 @@ utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-leve
     python archer.py --preset pretrained      a language model of 135M parameters, an hour
     python archer.py --help                   every setting
 
-On one GPU, with the paper's models and most of its settings (not yet run there):
+On one GPU, with the paper's models and most of its settings (not yet run):
 
     python archer.py --preset paper --env twenty_questions_full --micro-batch 16
 
@@ -19,9 +19,9 @@ first half calls, files, the command line.
 Left out: LoRA, several GPUs.
 
 Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
-state (s' in the paper), A an advantage. In shapes, B is the batch, T the tokens of its longest
-text, L those of its longest utterance, h the width of the encoder; [2, B] has a row for each member
-of the double critic. `spoken`, [B, L], is the mask of a batch's utterances.
+state (s' in the paper), A an advantage; c is a Config. In shapes, B is the batch, T the tokens of
+its longest text, L those of its longest utterance, h the width of the encoder; [2, B] has a row for
+each member of the double critic. `spoken`, [B, L], is the mask of a batch's utterances.
 """
 
 import collections
@@ -72,7 +72,7 @@ class Config:
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
-    warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
+    warmup_iterations: int = setting(10, "of these, critic only; 0: actor follows untrained critic")
     episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
     state_tokens: int = setting(1024, "per state, the last ones; small: forgetful, large: slow")
@@ -87,7 +87,7 @@ class Config:
     actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
     batch: int = setting(128, "examples per gradient step; small: noisy, large: slow")
     micro_batch: int = setting(0, "examples per backward pass; small: less memory; 0: all")
-    clip: float = setting(1.0, "largest gradient norm; huge: no clipping")
+    clip: float = setting(1.0, "largest gradient norm; 0: nothing learns, huge: no clipping")
 
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
     baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
@@ -97,7 +97,7 @@ class Config:
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
-    offline: str = setting("", "file of episodes, to imitate and learn from; empty: play")
+    offline: str = setting("", "file to imitate and learn from, best with iql and awr; empty: play")
     evaluation_episodes: int = setting(500, "fresh episodes per reported return; few: noisy")
 
 
@@ -157,7 +157,7 @@ class Actor(nn.Module):
     `train()` around `log_probs` only, with all dropout rates 0.)
     """
 
-    autocast = False  # bfloat16 inside the model; softmax and losses in float32; set by `build`
+    autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
     rows = 512  # the batch size of generation; set by `build`
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
@@ -187,7 +187,8 @@ class Actor(nn.Module):
     def act(self, states, greedy=False):
         """Samples an utterance at each state; greedy: the likeliest token each time. No gradients.
 
-        Returns a list of texts, without the newline, and one of token ids, with the end token.
+        Returns lists of texts, without the newline, and of token ids, with the end token unless the
+        utterance was cut.
         """
         token_ids = [ids for part in split(states, self.rows) for ids in self.speak(part, greedy)]
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
@@ -253,7 +254,7 @@ def value_head(inputs, h):
 class DoubleCritic(nn.Module):
     """Q1, Q2, V1 and V2: four heads on one encoder, which reads state and utterance separately."""
 
-    autocast = False  # bfloat16 inside the encoder; values and losses in float32; set by `build`
+    autocast = False  # True: bfloat16 in the encoder; values and losses in float32; see `build`
 
     def __init__(self, encoder, tokenizer):
         """tokenizer: needs a `model_max_length`, and `truncation_side="left"`; the usual side,
@@ -267,13 +268,13 @@ class DoubleCritic(nn.Module):
         self.v_heads = nn.ModuleList([value_head(h, h), value_head(h, h)])
 
     def embed(self, texts):
-        """[B, h]. Distinct texts are encoded once, 64 of similar length at a time: less padding."""
+        """[n, h] of n texts. Distinct ones are encoded once, 64 of similar length: less padding."""
         parts = split(sorted(dict.fromkeys(texts), key=len), 64)
         e = {text: x for part in parts for text, x in zip(part, self.pool(part), strict=True)}
         return torch.stack([e[text] for text in texts])
 
     def pool(self, texts):
-        """[B, h]: the mean over a text's tokens, special ones included. The released code takes
+        """[n, h]: the mean over a text's tokens, special ones included. The released code takes
         the encoder's `pooler_output`."""
         sequences = [self.tokens_of(text or "\n") for text in texts]  # "" may have no tokens
         ids, mask = pad(sequences, self.tokenizer.pad_token_id or 0, self.encoder.device, "right")
@@ -398,7 +399,7 @@ class ArCHer:
         settings = GAMES["detective"].settings  # what this game changes
         c, actor, critic, demonstrations = prepare(Config("detective", **settings))
         warm_start(actor, demonstrations, c)
-        learner = ArCHer(GAMES[c.env], actor, critic, demonstrations, c)
+        learner = variant(c)(GAMES[c.env], actor, critic, demonstrations, c)
         for _ in range(c.iterations):
             print(learner.iterate())
 
@@ -456,7 +457,7 @@ class ArCHer:
     def critic_losses(self, transitions, utterances):
         """J_Q and J_V: [2]. The critic descends on their sum.
 
-        utterances: one for each transition, sampled from the current actor at its state.
+        utterances: one for each transition, from `utterances_for_v`.
         """
         s, a, _, r, s2, done = zip(*transitions, strict=True)
         q, v = self.critic(s, a)
@@ -508,7 +509,7 @@ class ArCHer:
 
 
 # ==================================================================================================
-# The workshop, 1: variants of the algorithm. None of them is needed to understand the default
+# The workshop, 1: variants of the algorithm. None of them is needed to understand the default.
 # ==================================================================================================
 
 
@@ -743,7 +744,7 @@ def tiny_models(tokens):
 def conventions(model, tokenizer):
     """The tokens that end an utterance, and the name of `forward`'s argument for a cache.
 
-    Also sets the generation config: a saved model samples, and ends an utterance, as `Actor` does.
+    Also sets the generation config: a saved model samples as `Actor` does, and stops at its ends.
     """
     # A model may have more tokens than its tokenizer; those have no text.
     vocabulary = model.config.get_text_config().vocab_size
@@ -843,19 +844,20 @@ def mean_return(episodes, gamma=1.0):
 def metrics(learner, q_and_v_losses, actor_updates):
     """The numbers of an iteration, a dict; README says how to read them.
 
-    Losses are means over the steps; actor_loss is that of the variant. advantage_std: the spread of
-    A. The rest is about the episodes played. value: min V of their first states, on average; near
-    discounted_return where few episodes are truncated. entropy, token_entropy: the mean of -log p
-    of an utterance, and of a token, in a batch of them. The actor scores them after its steps, so
-    that this is a cross-entropy, and jumps if the policy does. distinct: different utterances over
-    all utterances. cut: the share without an end token. tokens: per utterance.
+    Losses are means over the steps; actor_loss is that of the variant (of ppo, the last epoch's).
+    advantage, advantage_std: mean and spread of A. The rest is about the episodes played. value:
+    min V of their first states, on average; near discounted_return where few episodes are
+    truncated. entropy, token_entropy: the mean of -log p of an utterance, and of a token, in a
+    batch of them. The actor scores them after its steps, so that this is a cross-entropy, and jumps
+    if the policy does. distinct: different utterances over all utterances. cut: the share without
+    an end token. tokens: per utterance.
     """
     q, v = torch.stack(q_and_v_losses).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
     if actor_updates:
         A = torch.stack([x[2] for examples, _ in actor_updates for x in examples])  # (s, ids, A)
         numbers["actor_loss"] = sum(loss.item() for _, loss in actor_updates) / len(actor_updates)
-        numbers["advantage_std"] = A.std(correction=0).item()
+        numbers |= {"advantage": A.mean().item(), "advantage_std": A.std(correction=0).item()}
     if not learner.played:
         return numbers
     V = learner.critic.v(learner.critic.embed([episode[0].s for episode in learner.played]))
@@ -903,14 +905,14 @@ def write_json(path, values):
 
 
 def read_episodes(path):
-    """One episode per line, in JSON: a list of turns [s, a, r, s', done]. See `checked`."""
+    """One episode per line, in JSON: a list of turns [s, a, r, s', terminated]. See `checked`."""
     with explained(f"cannot read {path}"):
         # Not splitlines, which also splits at U+2028. "utf-8-sig" drops a byte-order mark,
         # "surrogatepass" admits lone surrogates, which `as_text` replaces.
         lines = Path(path).read_text("utf-8-sig", "surrogatepass").split("\n")
     episodes = []
     for number, line in enumerate(lines, 1):
-        with explained(f"{path}, line {number}, is not a list of turns [s, a, r, s', done]"):
+        with explained(f"{path}, line {number}, is not a list of turns [s, a, r, s', terminated]"):
             if line.strip():
                 episodes.append([checked(*turn) for turn in json.loads(line)])
     return episodes
@@ -921,7 +923,7 @@ def check(c):
     require(__doc__, "transformers needs docstrings: use python -O in place of -OO")
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
-        require(getattr(c, name) in known, f"--{name}: choose from {', '.join(known)}")
+        require(getattr(c, name) in known, f"--{name}: choose from {list(known)}")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
     least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
     most = dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "gamma", "tau", "expectile"), 1)
@@ -952,7 +954,7 @@ def trial_episode(c):
 
 
 def given_episodes(c):
-    """The episodes to begin with, from a file or the game; lists of turns (s, a, r, s', done)."""
+    """Episodes to begin with, from a file or the game: lists of turns (s, a, r, s', terminated)."""
     demonstrate = getattr(GAMES[c.env], "demonstrations", None)
     if c.offline:
         return read_episodes(c.offline)
@@ -972,7 +974,7 @@ def with_tokens(episodes, actor):
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
     line = f"a line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
-    require(not lost, f"utterances that are not {line}: {len(lost)}, such as {lost[:1]}")
+    require(not lost, f"utterances that it cannot say as {line}: {len(lost)}, such as {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 
@@ -996,10 +998,11 @@ def prepare(c, vocabulary=None):
     require(known, "nothing to begin with: it needs demonstrations, or an --actor that plays")
     texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
     actor, critic = build(c, vocabulary or learn_vocabulary(texts))
-    longest = max(map(len, actor.tokenizer([first, second]).input_ids))
-    room = actor.tokenizer.model_max_length
-    long = f"an observation has {longest} tokens, but --state-tokens or the model allow {room}"
-    require(longest <= room, long)
+    for reader in (actor, critic):
+        longest = max(map(len, reader.tokenizer([first, second]).input_ids))
+        room = reader.tokenizer.model_max_length
+        long = f"an observation has {longest} tokens, but --state-tokens or a model allows {room}"
+        require(longest <= room, long)
     return c, actor, critic, with_tokens(episodes, actor)
 
 
@@ -1050,10 +1053,13 @@ def run(c, saved=None):
     if "learner" in saved:
         with explained(f"the checkpoint in {folder} belongs to another run"):
             learner.load_state_dict(saved.pop("learner"))
-    for i in tqdm(range(learner.iteration, c.iterations), "ArCHer"):
+    bar = tqdm(range(learner.iteration, c.iterations), "ArCHer")
+    for i in bar:
         if i % (c.checkpoint_every or c.iterations) == 0:  # with 0: only at i = 0, and at the end
             write_checkpoint(folder, saved, learner)
-        saved["metrics"].append(learner.iterate())
+        numbers = learner.iterate()
+        bar.set_postfix({"return": numbers.get("return", "-")})
+        saved["metrics"].append(numbers)
         write_json(folder / "metrics.jsonl", saved["metrics"])
     write_checkpoint(folder, saved, learner)
     with written(folder / "actor") as part:
@@ -1089,8 +1095,8 @@ def main(arguments=None):
                 begun = Path(folder, "checkpoint.pt").exists()
                 require(begun, "it has no checkpoint: begin again, without --resume")
                 saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
-                c = Config(**(saved["config"] | {"out": folder}))
                 require("vocabulary" in saved, "it is of an earlier version of archer.py")
+                c = Config(**(saved["config"] | {"out": folder}))
                 require(c.env in GAMES, f"use the script that adds {c.env} to GAMES")
         else:
             # An unknown game is refused by `check`.
