@@ -844,16 +844,20 @@ def plot_methods(shown):
     games = [game for game in FIVE if all(shown["games", game, name] for name in LOOKS)]
     if not games:
         return
-    figure = Figure(figsize=(3 + 5 * len(games), 4), layout="constrained")
-    panels = figure.subplots(1, len(games), squeeze=False)[0]
-    for axes, game in zip(panels, games, strict=True):
+    columns = min(len(games), 3)
+    rows = math.ceil(len(games) / columns)
+    figure = Figure(figsize=(2 + 4 * columns, 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels[len(games) :]:
+        axes.axis("off")
+    for axes, game in zip(panels, games, strict=False):
         for name, (color, marker) in LOOKS.items():
             runs = shown["games", game, name]
             plot_seeds(axes, runs, 0, label=name, color=color, marker=marker)
         axes.axhline(0, linestyle=":", label="warm start", **BLACK)
-        axes.set(xlabel="episodes played", title=f"{game}, {len(runs)} seeds")
-    panels[0].set_ylabel("share of the gap to the optimum, sampled play")
-    title = "median and range\nof the seeds"
+        axes.axhline(1, linestyle="--", label="optimum or bound", **BLACK)
+        axes.set(xlabel="episodes played", ylabel="share of the gap", title=game, ylim=(-0.3, 1.05))
+    title = f"sampled play,\nmedian and range\nof {len(runs)} seeds"
     lines = panels[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside right center", title=title, frameon=False)
     figure.savefig(HERE / "methods.png", dpi=110)
