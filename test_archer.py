@@ -2533,7 +2533,7 @@ def test_twenty_kills_never_set_a_run_back(stock, quick):
     rng = random.Random(0)
     runs = 1
     done = progress = kills = 0
-    while kills < 20:
+    while kills < 20 or progress <= 5 and kills < 100:  # on a busy machine, more than twenty
         folder = f"run{runs}"
         child = os.fork()
         if child == 0:
