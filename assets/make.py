@@ -192,7 +192,8 @@ def results(draw=False, file=HERE / "results.jsonl"):
 
     Rows without curves are of earlier code. They are played again; until then games.png stays.
     """
-    rows = {(row["game"], row["seed"]): row for row in read_lines(file)}
+    played = read_lines(file) if file.exists() else []
+    rows = {(row["game"], row["seed"]): row for row in played}
     runs = [(game, seed) for game, seeds in SEEDS.items() for seed in seeds]
     missing = [run for run in runs if "return" not in rows.get(run, {})]
     if missing and not draw:
@@ -778,7 +779,7 @@ def first(rows, share, column=0):
 
 def spread(values, digits=0):
     """Median (lowest to highest) of the seeds; a dash where it was not reached."""
-    three = (statistics.median_low(values), min(values), max(values))
+    three = (statistics.median(values), min(values), max(values))
     text = [f"{x:,.{digits}f}" if x < float("inf") else "–" for x in three]
     return "{} ({} to {})".format(*text) if len(set(text)) > 1 else text[0]
 
