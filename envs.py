@@ -1,4 +1,4 @@
-"""Small text games whose best possible return is known.
+"""Small text games whose best possible return is known or, in one of them, bounded.
 
 They follow the Gymnasium calling convention without depending on Gymnasium:
 
@@ -6,8 +6,8 @@ They follow the Gymnasium calling convention without depending on Gymnasium:
     observation, info = game.reset(seed=0)
     observation, reward, terminated, truncated, info = game.step("go north")
 
-Your own game, a class in `GAMES`, needs only these two methods, and no base class. Without
-`demonstrations` it also needs an --actor. End its observations with a newline.
+Your own game, a class in `GAMES`, needs only these two methods: no base class, no constructor
+arguments. Without `demonstrations` it also needs an --actor. Observations end with a newline.
 
 The games below share `TextGame`: in each of them one hidden thing is drawn uniformly, and
 everything else follows fixed rules. Dynamic programming therefore solves them exactly, except
@@ -23,19 +23,19 @@ from statistics import fmean
 class TextGame:
     """One hidden thing, fixed rules, `limit` turns.
 
-    A subclass fills in the attributes, `rules` and `observe`. Any string is a legal utterance: one
-    that the rules do not understand costs a turn and gets a reply.
+    A subclass fills in `rules`, `observe` and the attributes that have no value here. Any string is
+    a legal utterance: one that the rules do not understand costs a turn and gets a reply.
     """
 
     hidden_things: tuple  # everything that may be hidden; `reset` draws one uniformly
-    public = False  # True: the hidden thing is a goal, which the first observation shows
-    utterances: tuple  # in lower case; what optimal and random play and demonstrations choose from
+    public = False  # True: the hidden thing is a goal, which every observation shows
+    utterances: tuple  # in lower case; what players choose from: optimal, random, demonstrating
     start = ()  # the position at the start; positions are hashable and known to the player
     limit: int  # maximum number of turns in an episode
     limit_is_part_of_task: bool  # True: the limit terminates; False: it truncates; see `step`
-    skill = 0.5  # how often the best demonstrator says `best_utterance`; else a random one
+    skill = 0.5  # the best demonstrator's chance per turn to say `best_utterance`
     settings = {}  # changes to archer.py's defaults for this game, made by the command line
-    paper = {  # what `--preset paper` changes; every game adds the paper's values for its task
+    paper = {  # what `--preset paper` changes in `settings`; every game adds values of its own
         # the paper's models
         "actor": "gpt2",
         "critic": "roberta-base",
@@ -55,7 +55,7 @@ class TextGame:
         "warm_start_lr": 1e-4,
     }
     # What `--preset pretrained` changes: a language model of GPT-2's size and an encoder, on a CPU.
-    # Found on the detective game.
+    # Tuned on the detective game; comparisons are with its settings for a tiny model.
     pretrained = {"actor": "HuggingFaceTB/SmolLM2-135M-Instruct"}
     pretrained |= {"critic": "sentence-transformers/all-MiniLM-L6-v2"}
     # It knows English: a sixth of the steps, at a fifth of the rate, teach it the game's phrases.
@@ -64,12 +64,12 @@ class TextGame:
     # It learns from fewer episodes than a tiny model: 960 in place of 1,280.
     pretrained |= {"iterations": 60, "episodes": 16, "warmup_iterations": 8}
     # Pretrained weights want low rates. With actor_lr 2e-5, after 120 steps of warm start and 6
-    # iterations of warm-up, seed 0 stood at a return of 1 to 2; so we kept to 1e-5, 200 and 8.
+    # iterations of warm-up, seed 0 had a return of 1 to 2; so we kept to 1e-5, 200 and 8.
     pretrained |= {"critic_steps": 40, "critic_lr": 1e-4, "actor_steps": 2, "actor_lr": 1e-5}
 
     def rules(self, position, hidden, utterance):
-        """Returns (next position, reply, reward, over). Pure; reads nothing of self but the class's
-        attributes and class methods."""
+        """Returns (next position, reply, reward, over). Pure; of self it reads only the class's
+        attributes and class methods. utterance: in lower case, with single spaces."""
         raise NotImplementedError
 
     def observe(self):
@@ -79,12 +79,12 @@ class TextGame:
     def reset(self, *, seed=None, options=None):
         """Starts an episode. Returns (observation, info).
 
-        options={"hidden": thing} chooses the hidden thing; otherwise `seed` determines it.
+        options={"hidden": thing} chooses the hidden thing; otherwise `seed` does (None: chance).
         """
         self.hidden = (options or {}).get("hidden")
         if self.hidden is None:
             self.hidden = random.Random(seed).choice(self.hidden_things)
-        # belief: the hidden things that are consistent with everything the player has seen
+        # belief: the hidden things consistent with all that was seen, rewards included
         self.belief = (self.hidden,) if self.public else self.hidden_things
         self.position = self.start
         self.turns = 0
@@ -102,7 +102,7 @@ class TextGame:
           dialogue, shows which turn it is.
         - False: the limit only keeps episodes short, and the episode is `truncated`. The critic
           bootstraps as if play continued. In Detective, for example, the observation does not show
-          the turn, so without bootstrapping the same state would have two different values.
+          the turn: without bootstrapping, a state's target would depend on a clock it lacks.
         """
         utterance = " ".join(utterance.lower().split())
         before = self.position
@@ -111,7 +111,7 @@ class TextGame:
         self.position, reply, reward, over = outcome
         self.turns += 1
         self.history.append((utterance, reply))
-        out_of_turns = self.turns == self.limit and not over
+        out_of_turns = self.turns >= self.limit and not over
         terminated = over or (out_of_turns and self.limit_is_part_of_task)
         truncated = out_of_turns and not terminated
         return self.observe(), reward, terminated, truncated, {}
@@ -120,7 +120,7 @@ class TextGame:
     def demonstrations(cls, episodes, seed=0):
         """Suboptimal play. The skill of each episode is drawn uniformly from [0, cls.skill].
 
-        Returns a list of episodes, each a list of transitions (s, a, r, s', done). The same seed
+        Returns a list of episodes, each a list of turns (s, a, r, s', done). The same seed
         gives the same list. done is `terminated`: a truncated episode ends with done = False.
         """
         rng = random.Random(seed)
@@ -130,13 +130,12 @@ class TextGame:
             skill = rng.uniform(0, cls.skill)
             s, _ = game.reset(seed=rng.randrange(2**31))
             episode = []
-            ended = False
-            while not ended:
+            done = truncated = False
+            while not (done or truncated):
                 a = game.demonstrate(rng, skill)
                 s2, r, done, truncated, _ = game.step(a)
                 episode.append((s, a, r, s2, done))
                 s = s2
-                ended = done or truncated
             played.append(episode)
         return played
 
@@ -165,7 +164,7 @@ class TextGame:
     @classmethod
     @functools.cache
     def value(cls, position, belief, turns_left, choose=max, turn_cost=0.0):
-        """Returns the exact expected return, undiscounted.
+        """Exact expected return, undiscounted, of a player who says only `utterances`.
 
         belief: tuple of the hidden things that are still possible. choose: reduces the values of
         all utterances to one; `max` gives the optimal player, `fmean` the uniformly random one.
@@ -192,9 +191,9 @@ class TextGame:
 
     @classmethod
     def optimal_return(cls):
-        """Expected return of the optimal player.
+        """Expected return of the optimal player, who says only `utterances`.
 
-        Exact, by backward induction over (position, belief, turns left).
+        Exact, by recursion over (position, belief, turns left).
         """
         beliefs = [(h,) for h in cls.hidden_things] if cls.public else [cls.hidden_things]
         return fmean(cls.value(cls.start, belief, cls.limit) for belief in beliefs)
@@ -229,7 +228,7 @@ class TwentyQuestions(TextGame):
     Each reply is joined to the last word of its utterance, as in "alive?no". With a space between
     them a small network would first have to learn which reply belongs to which question.
 
-    Optimum -3, in 4 turns on average; random play -10.05; demonstrations about -7.0.
+    Optimum -3, in 4 turns on average; random play -10.05; demonstrations about -7.1.
 
     The paper's game has 157 words, ten in its subset, and its oracle is a language model.
     """
@@ -243,12 +242,12 @@ class TwentyQuestions(TextGame):
     replies = {  # (question, thing): reply; the reply to every other pair is "no"
         (question, thing): "yes" for question, things in facts.items() for thing in things.split()
     }
-    hidden_things = tuple(dict.fromkeys(thing for _, thing in replies))  # each thing once, in order
+    hidden_things = tuple(dict.fromkeys(thing for _, thing in replies))  # those with a "yes", once
     guesses = {f"{thing}?": thing for thing in hidden_things}
     utterances = (*facts, *guesses)
     limit = 20
     limit_is_part_of_task = True
-    # What a question is worth shows only in the turns after it.
+    # What a question is worth shows only in the turns after it: hence more iterations.
     settings = {"iterations": 80, "episodes": 64}  # with 32, seed 100 ended at -5.6
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95, "actor_lr": 1e-6}
 
@@ -366,14 +365,14 @@ class TwentyQuestionsFull(TwentyQuestions):
     }
     utterances = (*facts, *guesses)
     skill = 0.9
-    # Ten times as many words to learn. With 2e-3 an actor later lost the phrases of the game.
+    # Twelve times as many utterances to learn. With 2e-3 an actor forgot some later in training.
     settings = {"iterations": 100, "warm_start_steps": 2400, "warm_start_lr": 4e-3}
-    settings |= {"episodes": 128}  # with 64, seed 100 stood still at .4 of the gap
+    settings |= {"episodes": 128}  # with 64, seed 100 closed only .4 of the gap
     paper = TwentyQuestions.paper | {"warmup_iterations": 20}
 
     @classmethod
     def optimal_return(cls):
-        """An upper bound on the expected return of every player; see `bound`."""
+        """An upper bound, since the optimum is unknown; see `bound`."""
         return cls.bound(len(cls.hidden_things), cls.limit)
 
     @classmethod
@@ -382,10 +381,10 @@ class TwentyQuestionsFull(TwentyQuestions):
         """Best expected return with n things left, if every way to split them had a question."""
         if n == 1 or turns_left == 0:
             return 0.0
-        after = [cls.bound(k, turns_left - 1) for k in range(1, n)]  # after[k - 1]: k things left
-        values = [(after[-1] - 1) * (n - 1) / n]  # of a guess, which is wrong for n - 1 things
+        after = [0.0, *(cls.bound(k, turns_left - 1) for k in range(1, n))]  # [k]: k things left
+        values = [(after[n - 1] - 1) * (n - 1) / n]  # of a guess, which is wrong for n - 1 things
         for k in range(1, n):  # of a question, whose answer is yes for k things, no for n - k
-            values.append((k * after[k - 1] + (n - k) * after[n - k - 1]) / n - 1)
+            values.append((k * after[k] + (n - k) * after[n - k]) / n - 1)
         return max(values)
 
     @classmethod
@@ -428,14 +427,14 @@ class GuessMyCity(TwentyQuestions):
     the last word of each utterance, joined to the reply: "language?French lima?no". Some cities can
     be told apart only by a guess.
 
-    Optimum -1.75, in 2.75 turns on average; random play -11.90; demonstrations about -7.0.
+    Optimum -1.75, in 2.75 turns on average; random play -11.90; demonstrations about -7.1.
 
     The optimum is higher than in Twenty Questions because an open question tells more than a yes or
     no. The paper's game has 100 cities, the same reward and 20 turns, and its oracle is a language
     model.
     """
 
-    facts = {  # question: {reply: the cities that get it}; `rules` reads the questions only
+    facts = {  # question: {reply: its cities}; the inherited `rules` only looks questions up
         "which is its home continent?": {
             "Africa": "cairo algiers lagos nairobi",
             "America": "lima bogota montreal boston",
@@ -466,8 +465,8 @@ class GuessMyCity(TwentyQuestions):
     guesses = {f"is the city called {city}?": city for city in hidden_things}
     utterances = (*facts, *guesses)
     skill = 0.45
-    settings = {"iterations": 60}  # as in Twenty Questions, but fewer turns are needed
-    settings |= {"episodes": 128, "warm_start_lr": 2e-3}  # with 64, seed 100 ended at -2.2
+    settings = {"iterations": 60, "episodes": 128, "warm_start_lr": 2e-3}  # 64: seed 100 at -2.2
+    pretrained = TextGame.pretrained | {"utterance_tokens": 12}  # the longest guesses need 9
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95}
 
     def observe(self):
@@ -481,18 +480,18 @@ class GuessMyCity(TwentyQuestions):
     def plan(cls, belief):
         """Returns (expected return, best utterance) for a belief, a tuple of cities.
 
-        Valid while at least as many turns are left as cities, which always holds in good play. The
-        return equals that of `value`, but `plan` is much faster, as it never considers a guess
+        Valid while at least as many turns are left as cities: always, if each turn rules one out.
+        The return equals that of `value`, but `plan` is much faster, as it never considers a guess
         before a question. Nothing is lost by this. Suppose that a plan guesses first, and postpone
         that guess to the point where its city is the only one left. Then every other city is found
         one turn sooner. The postponed city is found later, but by no more turns than there are
-        other cities, because each of these turns rules out at least one of them. So all other
-        cities gain a turn each, and one loses no more turns than that.
+        other cities, because each of these turns rules out at least one of them. So n - 1 cities
+        gain one turn each, and one city loses at most n - 1 turns.
         """
         n = len(belief)
         plans = [(-(n - 1) / 2, f"is the city called {belief[0]}?")]  # guess one city after another
         for question in cls.facts:
-            parts = [part for _, _, part, _, _ in cls.outcomes((), belief, question)]
+            parts = [part for _, _, part, _, _ in cls.outcomes(cls.start, belief, question)]
             if len(parts) > 1:
                 expected = sum(len(part) / n * cls.plan(part)[0] for part in parts) - 1
                 plans.append((expected, question))
@@ -500,7 +499,7 @@ class GuessMyCity(TwentyQuestions):
 
     @classmethod
     def optimal_return(cls):
-        """Expected return of the optimal player. Exact, by backward induction over beliefs."""
+        """Expected return of the optimal player. Exact, by recursion over beliefs."""
         return cls.plan(cls.hidden_things)[0]
 
     @classmethod
@@ -519,8 +518,8 @@ class Detective(TextGame):
     The cellar is locked; its key is in the study. Reward 1 for taking the key, 2 for taking the
     note, 7 for accusing the culprit. A wrong accusation ends the game with reward 0. Without the
     note every accusation is refused. Play is truncated after 30 turns. The observation is the last
-    reply, the room and the possessions. It is a Markov state, apart from the culprit, whom the note
-    reveals.
+    reply, the room and the possessions. It is a Markov state: nothing depends on the culprit until
+    the note is taken, and then the observation names the culprit.
 
     Optimum 10, in 10 turns; random play 0.23; demonstrations about 3.7.
 
@@ -544,7 +543,7 @@ class Detective(TextGame):
         "accuse butler",
         "accuse cook",
     )
-    start = ("hall", False, "")  # (room, whether the player has the key, the name on the note)
+    start = ("hall", False, "")  # (room, has the key?, the culprit's name once the note is taken)
     limit = 30
     limit_is_part_of_task = False
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.98}
@@ -586,12 +585,12 @@ class Detective(TextGame):
 class WebShop(TextGame):
     """Buy what is wanted: search, open one of the articles found, choose one of its sizes, buy.
 
-    Every episode has its own goal, a size, a colour, a kind and a maximum price, which the first
+    Every episode has its own goal, a size, a colour, a kind and a maximum price, which every
     observation shows. Only buying earns a reward: the share of the four wishes that the article
-    meets, from 0 to 1. The size is met only if the player has chosen it. A search lists up to
-    three articles, those that share the most words with it, and no others can be opened.
-    Play is truncated after 10 turns. The observation is the goal and the dialogue since the latest
-    search. Nothing before that search matters.
+    meets, from 0 to 1. The size is met only if chosen since the article was opened. A search lists
+    up to three articles, those that share the most words with it; no others can be opened. Play is
+    truncated after 10 turns. The observation is the goal and the dialogue since the latest search,
+    which forgets what was listed, opened and chosen before.
 
     Optimum 1, in 4 turns; random play 0.01; demonstrations about 0.40.
 
@@ -632,9 +631,9 @@ class WebShop(TextGame):
     start = ((), "", "")  # (articles on the latest list, the open article, the chosen size)
     limit = 10
     limit_is_part_of_task = False
-    settings = {"iterations": 110}  # many goals; a good article earns only 1/4 more than a fair one
-    # With 16 episodes and a rate of 1e-3, seed 0 also ended at .90, but seed 1 only at .67.
-    settings |= {"episodes": 64, "warm_start_lr": 2e-3}
+    # Many goals, and a good article earns only 1/4 more than a fair one: hence many iterations.
+    # With 16 episodes and a rate of 1e-3, seed 0 ended at .90, but seed 1 only at .67.
+    settings = {"iterations": 110, "episodes": 64, "warm_start_lr": 2e-3}
     paper = TextGame.paper | {"episodes": 512, "warmup_iterations": 20, "gamma": 0.9}
 
     @classmethod
@@ -658,7 +657,7 @@ class WebShop(TextGame):
             return (found, "", ""), shown or "nothing", 0.0, False
         if verb == "open" and what in listed:
             return (listed, what, ""), self.catalogue[what][0].replace(" ", "/"), 0.0, False
-        sizes, colour, kind, price = self.catalogue.get(article, ("", "", "", 0))
+        sizes, colour, kind, price = self.catalogue.get(article, ("", "", "", 0))  # "": none open
         if verb == "choose" and what in sizes.split():
             return (listed, article, what), "ok", 0.0, False
         if utterance == "buy" and article:
@@ -677,8 +676,8 @@ class WebShop(TextGame):
         return f"Wanted: {size} {colour} {kind} under-{maximum}{dialogue}\n"
 
     def demonstrate(self, rng, skill):
-        """As in the other games, but often buys the open article at once or opens a random one: to
-        choose with care is left to be learned."""
+        """As in the other games, but often buys the open article at once or opens a random listed
+        one: to choose with care is left to be learned."""
         listed, article, _ = self.position
         utterance = super().demonstrate(rng, skill)
         if article and rng.random() < 0.4:

@@ -1988,6 +1988,7 @@ def play(game, speak, **how):
         assert type(reward) is float and not (terminated and truncated)
         over = terminated or truncated
     assert len(steps) == game.turns <= game.limit
+    assert terminated or copy.deepcopy(game).step("")[3], "play goes on past the limit"
     return steps
 
 
