@@ -720,7 +720,8 @@ def study(names, draw=False, file=HERE / "study.csv"):
     for key, name in wanted.items():
         if key in played:
             shown[name].append(played[key])
-    shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
+    if "ablations" in names:
+        shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
     print(tried_in_study(played) + "\n\n" + methods_table(shown))
     plot_methods(shown)
     for part, plot in PARTS.items():
