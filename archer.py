@@ -974,7 +974,7 @@ def with_tokens(episodes, actor):
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
     line = f"a line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
-    require(not lost, f"utterances that it cannot say as {line}: {len(lost)}, such as {lost[:1]}")
+    require(not lost, f"utterances the actor cannot say as {line}: {len(lost)}, such as {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 

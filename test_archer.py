@@ -2218,14 +2218,17 @@ def test_a_run_writes_what_it_promises(stock):
     assert re.search(rf"\n> .* r .* Q .* V .* A .* log p .*\n(.*\n)+end +{summary['end']}\n", text)
 
 
-def test_the_same_seed_gives_the_same_run_bit_for_bit(stock, quick):
+def test_the_same_seed_gives_the_same_run_bit_for_bit(stock, quick, monkeypatch):
     """In another process too, where Python's hashes differ."""
     code = "import archer, envs; envs.Detective.limit = 2; archer.main()"
     command = [sys.executable, "-c", code, *QUICK.split(), "--out", str(Path("same").absolute())]
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run(command, check=True, capture_output=True, cwd=HERE, env=environment)
     assert outcome("same") == outcome(stock / "run")
+    calls = spied(monkeypatch, archer.tqdm, "set_postfix", lambda shown: None)
     assert start("other", "--seed", "1")[0] != outcome(stock / "run")[0]
+    returns = [line["return"] for line in lines_of("other", "metrics.jsonl")]
+    assert [shown["return"] for (shown,), *_ in calls] == returns  # by the progress bar
     assert archer.given_episodes(Config(seed=1)) != archer.given_episodes(Config())
 
 
@@ -2627,7 +2630,7 @@ def stock(tmp_path_factory):
         ("truncated", saved),
         ("plain", torch.zeros(3)),
         ("partless", {"learner": saved["learner"]}),
-        ("early", {name: saved[name] for name in saved if name != "vocabulary"}),
+        ("early", {"config": saved["config"] | {"temperature": 1.0}}),
         ("elsewhere", saved | {"config": saved["config"] | {"env": "chess"}}),
         ("unknown", saved | {"config": saved["config"] | {"temperature": 1.0}}),
         ("edited", saved | {"config": saved["config"] | {"actor_loss": "baseline"}}),
@@ -2661,7 +2664,7 @@ def contents(folder):
 GAMES_WITH_MISTAKES = {
     "good": a_game(),
     "huge": a_game("go " * 3000),
-    "wide": a_game("take note " * 80),  # 800 bytes, which the critic of a game without texts reads
+    "wide": a_game("take note " * 80),  # as bytes, too many for a critic
     "grows": a_game(step=lambda self, a: ("go " * 3000, 0.0, a != "look", False, {})),
     "typo": a_game(settings={"iteration": 3}),
     "bad_teacher": a_game(demonstrations=lambda n, *, seed: [[("go\n", None, 0.0, "go\n", True)]]),
@@ -2695,7 +2698,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor no_newline": "on 'cpu': its tokenizer drops a final newline",
     "--critic no/folder | --critic too_few": "cannot use --critic '{}'",
     "--utterance-tokens 300 | --state-tokens 1": "no room for a state: change --state-tokens",
-    "--utterance-tokens 1": "it cannot say as a line of at most 1 tokens (longest: 5; --ut",
+    "--utterance-tokens 1": "the actor cannot say as a line of at most 1 tokens (longest: 5; ",
     # games
     "--env typo": "the settings of typo: TypeError: Config.__init__() got an unex",
     "--actor gpt2 --env huge | --actor gpt2 --env grows": "an observation has 6000 tokens, but",
