@@ -5,7 +5,7 @@ utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-leve
 (Eq. 3), in which the critic's advantage weights all tokens of an utterance.
 
     python archer.py                          the detective game, a tiny GPT-2, a minute or two
-    python archer.py --env twenty_questions   another game, five minutes
+    python archer.py --env twenty_questions   another game, seven minutes
     python archer.py --preset pretrained      a language model of 135M parameters, an hour
     python archer.py --help                   every setting
 
@@ -21,7 +21,8 @@ Left out: LoRA, several GPUs.
 Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
 state (s' in the paper), A an advantage; c is a Config. In shapes, B is the batch, T the tokens of
 its longest text, L those of its longest utterance, h the width of the encoder; [2, B] has a row for
-each member of the double critic. `spoken`, [B, L], is the mask of a batch's utterances.
+each member of the double critic. `spoken`, [B, L], is the mask of a batch's utterances; e_s is the
+encoder's embedding of s.
 """
 
 import collections
@@ -67,7 +68,7 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
 
-    demonstrations: int = setting(2000, "to imitate; the last fill the buffer; 0: needs an --actor")
+    demonstrations: int = setting(2000, "to imitate, and to fill the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
@@ -152,24 +153,27 @@ class Actor(nn.Module):
 
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
-    gap. Position ids skip the padding, so that a row does not depend on its batch mates. Dropout
-    stays off, so that what is scored is what was sampled. (For gradient checkpointing call
-    `train()` around `log_probs` only, with all dropout rates 0.)
+    gap. Position ids skip the padding, so that a row does not depend on its batch mates; a model
+    that has none (Mamba) fails in `independent_of_batch`. Never call `train()`: with dropout, what
+    is scored is not what was sampled. (For gradient checkpointing call it around `log_probs` only,
+    with all dropout rates 0.)
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
     rows = 512  # the batch size of generation; set by `build`
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
-        """tokenizer: needs `truncation_side="left"`, and a `model_max_length` that leaves the model
-        room for an utterance. utterance_tokens: the most per utterance, the end included."""
+        """model: in float32; many are saved in bfloat16, in which small steps are rounded away. Its
+        generation config is replaced (see `conventions`). tokenizer: needs `truncation_side="left"`
+        and a `model_max_length` that leaves the model room for an utterance. utterance_tokens: the
+        most per utterance, the end included. Afterwards call `.to(device)`."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
-        # The last tokens of a state. Cached: do not change the list.
+        # The last tokens of a state. Cached: change neither the list nor, later, the tokenizer.
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
-        # Ids of the tokens that end an utterance (a buffer), and transformers' name for the cache.
+        # Ids of the tokens that end an utterance (a buffer), and the model's name for its cache.
         self.ends, self.cache_name = conventions(model, tokenizer)
 
     def forward(self, ids, mask, keep, cache=None):
@@ -177,7 +181,7 @@ class Actor(nn.Module):
 
         ids: [B, T], the tokens that are not in the cache. mask: [B, cached + T].
         """
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding does not count
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of ids; skip padding
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.model(**x, **{self.cache_name: cache}, use_cache=True, logits_to_keep=keep)
@@ -232,7 +236,7 @@ class Actor(nn.Module):
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
 
-        token_ids: as they were sampled; a text that is tokenised again may have others.
+        token_ids: lists, none empty, as they were sampled; a text tokenised again may have others.
         Returns log-probabilities, valid only where spoken is 1, and spoken: [B, L] each.
         """
         ids, mask, spoken = self.join(states, token_ids)
@@ -257,10 +261,10 @@ class DoubleCritic(nn.Module):
     autocast = False  # True: bfloat16 in the encoder; values and losses in float32; see `build`
 
     def __init__(self, encoder, tokenizer):
-        """tokenizer: needs a `model_max_length`, and `truncation_side="left"`; the usual side,
-        right, would drop the latest turns."""
+        """encoder: in float32. tokenizer: needs a `model_max_length`, and `truncation_side="left"`;
+        the usual side, right, would drop the latest turns. Afterwards call `.to(device)`."""
         super().__init__()
-        self.encoder = encoder.eval()  # no dropout, as in Actor
+        self.encoder = encoder.eval()  # no dropout: never call `train()`, as in Actor
         self.tokenizer = tokenizer
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         h = encoder.config.get_text_config().hidden_size
@@ -383,7 +387,7 @@ def rollout(game, actor, episodes, rng, greedy=False):
         states = {i: as_text(g.reset(seed=rng.randrange(2**31))[0]) for i, g in enumerate(games)}
         while states:  # of the games that still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
-            for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # over a copy
+            for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # a copy
                 s2, r, terminated, truncated, _ = games[i].step(a)
                 s, a, r, s2, done = checked(states[i], a, r, s2, terminated)
                 played[i].append(Transition(s, a, ids, r, s2, done))
@@ -411,7 +415,6 @@ class ArCHer:
 
     # The attributes that have a state_dict of their own.
     stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
-    loss_of_v = staticmethod(v_loss)  # Eq. 2; WithIQL puts Eq. 6 in its place
 
     def __init__(self, game, actor, critic, demonstrations, c):
         """game: as for `rollout`. demonstrations: episodes as it returns them. c: a Config."""
@@ -429,7 +432,7 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # Play. The buffer's generator seeds the games, too. (Alg. 1, lines 4-7)
+        # Play, kept for `metrics`. The buffer's generator seeds the games. (Alg. 1, lines 4-7)
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
@@ -467,6 +470,9 @@ class ArCHer:
         r = torch.tensor(r, device=q.device)
         done = torch.tensor(done, device=q.device).float()
         return torch.stack([q_loss(q, r, done, next_v, self.c.gamma), self.loss_of_v(v, fresh_q)])
+
+    def loss_of_v(self, v, fresh_q):
+        return v_loss(v, fresh_q)  # Eq. 2; WithIQL puts Eq. 6 in its place
 
     def actor_step(self):
         """One step on Eq. 3. Returns its examples (s, token ids, A) and the loss."""
@@ -522,7 +528,10 @@ def baseline_loss(v, spoken, A):
 
 
 def actor_loss_with_baseline(log_p, spoken, A, v):
-    """Eq. 3 with A - V~ in place of A, token by token (Eq. 5). log_p, spoken, v: [B, L]. A: [B]."""
+    """Eq. 3 with A - V~ in place of A, token by token (Eq. 5).
+
+    log_p (finite), spoken, v: [B, L]. A: [B].
+    """
     return -((A[:, None] - v).detach() * log_p * spoken).sum(1).mean()
 
 
@@ -541,7 +550,7 @@ def expectile_loss(v, q, expectile):
 def awr_loss(log_p, spoken, A, beta, bound=20.0):
     """Imitation of logged utterances, weighted by exp(beta A), at most `bound` (Eq. 7).
 
-    The bound is ours; without it a few utterances dominate. log_p, spoken: [B, L]. A: [B].
+    The bound is ours; without it a few utterances dominate. log_p (finite), spoken: [B, L]. A: [B].
     """
     weight = (beta * A.detach()).exp().clamp(max=bound)
     return -(weight * (log_p * spoken).sum(1)).mean()
@@ -550,9 +559,9 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
 def ppo_loss(log_p, old_log_p, spoken, A, clip):
     """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
 
-    log_p, old_log_p, spoken: [B, L]. A: [B], one per utterance, or [B, L], one per token.
+    log_p, old_log_p (both finite), spoken: [B, L]. A: [B], per utterance, or [B, L], per token.
     """
-    A = A.detach().reshape(len(A), -1)
+    A = A.detach() if A.dim() == 2 else A.detach()[:, None]
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -(torch.minimum(ratio * A, clipped * A) * spoken).sum(1).mean()
@@ -577,7 +586,8 @@ class TokenBaseline(nn.Module):
         # The logits are not used.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.model(**x, output_hidden_states=True, logits_to_keep=1)
-        hidden = out.hidden_states[-1][:, -spoken.shape[1] - 1 : -1].float()  # at i-1, for i
+        L = spoken.shape[1]
+        hidden = out.hidden_states[-1][:, -L - 1 : -1].float()  # at i-1, for i
         return self.head(hidden).squeeze(2), spoken
 
 
@@ -650,9 +660,13 @@ ACTOR_LOSSES = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "
 
 
 def variant(c):
-    """The class that the settings name. With iql, WithIQL overrides two of its methods."""
+    """The class that the settings name."""
     learner = ACTOR_LOSSES[c.actor_loss]
-    return type("Mixed", (WithIQL, learner), {}) if c.critic_loss == "iql" else learner
+
+    class Mixed(WithIQL, learner):
+        """The critic of the first, the actor of the second."""
+
+    return Mixed if c.critic_loss == "iql" else learner
 
 
 # ==================================================================================================
@@ -678,7 +692,7 @@ def explained(what):
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:
-        why, *_ = str(error).strip().split(". ")  # the first sentence; some libraries write pages
+        why = str(error).strip().split(". ")[0]  # the first sentence; some libraries write pages
         raise UserError(f"{what}: {type(error).__name__}: {why}") from error
 
 
@@ -753,7 +767,7 @@ def conventions(model, tokenizer):
     last = tokenizer.batch_decode([tokenizer.encode("\n")[-1:]])[0]
     require("\n" in last, "its tokenizer drops a final newline, or adds a token after it")
     eos = model.generation_config.eos_token_id  # a number, a list or None
-    eos = [eos] if isinstance(eos, int) else eos or []
+    eos = eos if isinstance(eos, list) else [eos]
     ends = [i for i, text in enumerate(texts) if "\n" in text or i in eos]
     sampling = transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=ends)
     model.generation_config = sampling
@@ -781,7 +795,7 @@ def load(name, model_class, model, tokenizer, c, reserved=0):
 def independent_of_batch(actor):
     """Whether padding, a cache and its reordering leave the next token's logits as they are.
 
-    Compares two short texts, with one cached step, to 1e-3.
+    Compares a short text alone and, after one cached step, beside a longer one, to 1e-3.
     """
     short, long = actor.tokens_of("Hello.\n"), actor.tokens_of("Somewhat longer.\n")
     alone, _ = actor(*pad([short], 0, actor.model.device, "left"), keep=1)
@@ -810,7 +824,7 @@ def build(c, vocabulary):
         alone, beside = critic.embed(["A"])[0], critic.embed(["A", "Somewhat longer.\n"])[0]
         require(torch.allclose(alone, beside, rtol=1e-3, atol=1e-3), "it mixes texts of a batch")
     actor.vocabulary = vocabulary  # for checkpoints: a resumed run has no texts to learn it from
-    # Only if both are named: tiny models would gain nothing from bfloat16.
+    # Only if both are named, for simplicity; tiny models would gain nothing from bfloat16.
     actor.autocast = critic.autocast = bool(c.actor and c.critic) and device.startswith("cuda")
     return actor, critic
 
@@ -842,15 +856,15 @@ def mean_return(episodes, gamma=1.0):
 
 @torch.no_grad()
 def metrics(learner, q_and_v_losses, actor_updates):
-    """The numbers of an iteration, a dict; README says how to read them.
+    """The numbers of an iteration, a dict; README shows those of healthy and of sick runs.
 
     Losses are means over the steps; actor_loss is that of the variant (of ppo, the last epoch's).
     advantage, advantage_std: mean and spread of A. The rest is about the episodes played. value:
     min V of their first states, on average; near discounted_return where few episodes are
     truncated. entropy, token_entropy: the mean of -log p of an utterance, and of a token, in a
-    batch of them. The actor scores them after its steps, so that this is a cross-entropy, and jumps
-    if the policy does. distinct: different utterances over all utterances. cut: the share without
-    an end token. tokens: per utterance.
+    batch of those played. The actor scores them after its steps, so that this is a cross-entropy,
+    and jumps if the policy does. distinct: different utterances over all utterances. cut: the share
+    without an end token. tokens: per utterance.
     """
     q, v = torch.stack(q_and_v_losses).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
@@ -994,8 +1008,8 @@ def prepare(c, vocabulary=None):
     if c.offline and not vocabulary:  # no play, and all of the file in the buffer
         c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, episodes)))
     # A tiny actor gets its vocabulary from the episodes; a named one can begin with play.
-    known = vocabulary or any(episodes) or (c.actor and c.episodes)
-    require(known, "nothing to begin with: it needs demonstrations, or an --actor that plays")
+    begun = vocabulary or any(episodes) or (c.actor and c.episodes)
+    require(begun, "nothing to begin with: it needs demonstrations, or an --actor that plays")
     texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
     actor, critic = build(c, vocabulary or learn_vocabulary(texts))
     for reader in (actor, critic):
@@ -1032,7 +1046,7 @@ def run(c, saved=None):
     the seconds are those since the start or the last `--resume`.
     """
     began = time.time()
-    c, actor, critic, demonstrations = prepare(c, saved and saved["vocabulary"])
+    c, actor, critic, demonstrations = prepare(c, saved["vocabulary"] if saved else None)
     game = GAMES[c.env]
     evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # still lacks its `rng`
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
