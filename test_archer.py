@@ -1026,7 +1026,7 @@ ZOO = {
         ('for s in index], 0, self.model.device, "left")', 'for s in index], 0, "cpu", "right")'),
         # Every spoken token gets the first position. Play is far worse than the log-probabilities
         # promise.
-        ("[:, -ids.shape[1] :]  # padding", "[:, : ids.shape[1]]  # padding"),
+        ("[:, -ids.shape[1] :]  # of ids", "[:, : ids.shape[1]]  # of ids"),
     ],
     "test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates": [
         # No position ids. The warm start is poor and the curve restless: log-probabilities depend
