@@ -1270,14 +1270,16 @@ def plot_adventure(shown):
 # length: one family of games with two knobs, length and luck, and what a perfect critic would buy
 # ==================================================================================================
 
-# Everybody has the same warm start, and at most so many episodes and iterations. Of six settings a
-# method, tried on a seed that is not shown, those with the fewest episodes are shown; of equals, the
-# first. The last measurement of a run may precede its end by a fifth of the episodes.
+# Everybody has the same warm start, and at most so many episodes and iterations. Six settings a
+# method are tried on seeds that are not shown. Shown are those that arrive on most of these seeds; of
+# equals, those with the lowest median of episodes, then the first. The last measurement of a run may
+# precede its end by a fifth of the episodes.
 # Games: (doors, luck). The first of a part is the one tried.
 LENGTHS = {(doors, 0): f"{doors}" for doors in (12, 3, 6, 24)}
 LUCKS = {(6, luck): f"{luck}" for luck in (2, 1, 4)}
 MOST_EPISODES = 640
 MOST_ITERATIONS = 125
+DOORS_SEEDS_TRIED = (100, 101, 102)
 DOORS = {"demonstrations": 1000, "warm_start_steps": 500, "capacity": 200_000, "gamma": 0.99}
 DOORS_TRIED = {
     "ArCHer": [
@@ -1488,7 +1490,8 @@ def length(draw=False, file=HERE / "length.csv"):
     shown = collections.defaultdict(dict)
     for games in (LENGTHS, LUCKS):
         knobs = next(iter(games))
-        play([(*knobs, m, NOT_SHOWN, x) for m, tried in DOORS_TRIED.items() for x in tried])
+        tried = [(m, x) for m, settings in DOORS_TRIED.items() for x in settings]
+        play([(*knobs, m, seed, x) for seed in DOORS_SEEDS_TRIED for m, x in tried])
         best = best_of_doors(read_length(file), knobs)
         print("\n" + tried_doors_table(read_length(file), knobs))
         runs = [
@@ -1546,13 +1549,20 @@ def read_length(file):
 
 
 def best_of_doors(runs, knobs):
-    """{method: settings}: those with the fewest episodes to 80 % in the game tried."""
+    """{method: the best settings in the game tried}, see above."""
 
     def cost(method, settings):
-        return first(runs[(*knobs, method, NOT_SHOWN, words(settings))], 8)
+        episodes = episodes_tried(runs, knobs, method, settings)
+        return sum(map(math.isinf, episodes)), statistics.median(episodes)
 
     best = {m: min(x, key=functools.partial(cost, m)) for m, x in DOORS_TRIED.items()}
     return best | {name: best["ArCHer"] | x for name, x in ADVANTAGES.items()}
+
+
+def episodes_tried(runs, knobs, method, settings):
+    """Episodes to 80 % of the wins on every seed tried; infinity: never."""
+    keys = [(*knobs, method, seed, words(settings)) for seed in DOORS_SEEDS_TRIED]
+    return [first(runs[key], 8) for key in keys]
 
 
 def tried_doors_table(runs, knobs):
@@ -1560,11 +1570,11 @@ def tried_doors_table(runs, knobs):
     rows = []
     for method, settings in DOORS_TRIED.items():
         for x in settings:
-            run = runs.get((*knobs, method, NOT_SHOWN, words(x)))
-            if run:
-                rows.append([method, words(x), spread([first(run, 8)]), f"{run[-1][2]:.0f}"])
-    header = ["method", f"settings, tried on seed {NOT_SHOWN} and {doors_name(knobs)}"]
-    return markdown([*header, "episodes to 80 %", "seconds"], rows)
+            episodes = episodes_tried(runs, knobs, method, x)
+            arrived = f"{sum(map(math.isfinite, episodes))} of {len(episodes)}"
+            rows.append([method, words(x), spread(episodes), arrived])
+    header = ["method", f"settings tried, {doors_name(knobs)}", "episodes to 80 %"]
+    return markdown([*header, "seeds that arrive"], rows)
 
 
 def arrivals(shown, knobs, method):
