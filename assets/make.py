@@ -1272,8 +1272,8 @@ def plot_adventure(shown):
 
 # Everybody has the same warm start, and at most so many episodes and iterations. Six settings a
 # method are tried on seeds that are not shown. Shown are those that arrive on most of these seeds;
-# of equals, those with the lowest median of episodes, then of seconds. The last measurement of a run
-# may precede its end by a fifth of the episodes.
+# of equals, those with the lowest median of episodes, then of seconds. The last measurement of a
+# run may precede its end by a fifth of the episodes.
 # Games: (doors, luck). The first of a part is the one tried.
 LENGTHS = {(doors, 0): f"{doors}" for doors in (12, 3, 6, 24)}
 LUCKS = {(6, luck): f"{luck}" for luck in (2, 1, 4)}
