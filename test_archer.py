@@ -414,6 +414,7 @@ LOSSES = {  # a loss, what it trains, and what else must not get a gradient
     "eq6": (lambda v, q: archer.expectile_loss(v, q, 0.9), V, FRESH_Q),
     "eq7": (lambda log_p, a: archer.awr_loss(log_p, SPOKEN, a, 1.0), LOG_P, A),
     "ppo": (lambda x, old, a: archer.ppo_loss(x, old, SPOKEN, a, 0.2), LOG_P, OLD_LOG_P, A),
+    "A per token": (lambda x, a: archer.ppo_loss(x, OLD_LOG_P, SPOKEN, a, 0.2), LOG_P, TOKEN_V),
 }
 
 
@@ -1278,6 +1279,7 @@ def test_who_ends_early_leaves_the_others_as_they_were(models, monkeypatch):
     an utterance is the token that comes first at the most different places.
     """
     actor, _ = models
+    assert actor.tokenizer.eos_token_id in actor.ends
     weights = torch.rand(len(actor.tokenizer), generator=torch.Generator().manual_seed(0)) ** 0.2
     spied(monkeypatch, torch, "multinomial", lambda p, n: (p * weights).argmax(1, keepdim=True))
     _, before = actor.act(STATES)
