@@ -151,7 +151,7 @@ def results_table(rows):
 
 
 def plot_games(rows):
-    """A panel a game: every seed's return against the episodes played."""
+    """A panel a game: every seed's return, a moving mean, against the episodes played."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     *panels, last = figure.subplots(2, 3).flat
     last.axis("off")
@@ -159,9 +159,12 @@ def plot_games(rows):
         game = GAMES[name]
         for k, seed in enumerate(seeds):
             row = rows[name, seed]
+            n = max(1, 64 * len(row["return"]) // row["episodes"])  # iterations
+            ends = range(n, len(row["return"]) + 1)
+            means = [statistics.mean(row["return"][k - n : k]) for k in ends]
             style = {"color": "#0072B2", "linewidth": 1, "alpha": 0.7}
             label = "a seed" if k == 0 else None
-            axes.plot(played_until(row), row["return"], label=label, **style)
+            axes.plot(played_until(row)[n - 1 :], means, label=label, **style)
         axes.axhline(game.optimal_return(), linestyle="--", label="optimum", **BLACK)
         axes.axhline(game.random_return(), linestyle=":", label="random", **BLACK)
         known = "at most " if hasattr(game, "bound") else ""
@@ -169,7 +172,7 @@ def plot_games(rows):
         axes.set_title(f"{name}, number of seeds: {len(seeds)}\n{levels}", fontsize=9)
         axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel("episodes played", fontsize=8)
-        axes.set_ylabel("return of an episode, sampled play", fontsize=8)
+        axes.set_ylabel("return, mean of 64 episodes or more", fontsize=8)
     last.legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
     figure.savefig(HERE / "games.png", dpi=110)
 
