@@ -61,7 +61,7 @@ class TextGame:
     # It knows English: a sixth of the steps, at a fifth of the rate, teach it the game's phrases.
     # A step costs seconds, hence small batches.
     pretrained |= {"warm_start_steps": 200, "warm_start_lr": 2e-4, "batch": 32}
-    # It learns from fewer episodes than a tiny model: 960 in place of 1,280.
+    # It plays fewer episodes than a tiny model: 960 in place of 1,280.
     pretrained |= {"iterations": 60, "episodes": 16, "warmup_iterations": 8}
     # Pretrained weights want low rates. With actor_lr 2e-5, after 120 steps of warm start and 6
     # iterations of warm-up, seed 0 had a return of 1 to 2; so we kept to 1e-5, 200 and 8.
