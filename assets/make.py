@@ -304,7 +304,7 @@ class WithoutRepeats:
 
 
 def repeats(folder):
-    """500 games each of sampled and greedy play, with and without repeats."""
+    """2,000 games each of sampled and greedy play, with and without repeats."""
     (settings,) = read_lines(Path(folder, "config.json"))
     c, actor, _, _ = archer.prepare(Config(**settings | {"out": ""}))
     checkpoint = torch.load(Path(folder, "checkpoint.pt"), "cpu", weights_only=True)
@@ -312,7 +312,7 @@ def repeats(folder):
     rows = []
     for player in (actor, WithoutRepeats(actor)):
         for greedy in (False, True):
-            episodes = rollout(GAMES[c.env], player, 500, random.Random(0), greedy)
+            episodes = rollout(GAMES[c.env], player, 2000, random.Random(0), greedy)
             repeated = [len(e) - len({t.a for t in e}) for e in episodes]
             full = [len(e) == GAMES[c.env].limit for e in episodes]
             name = "greedy" if greedy else "sampled"
