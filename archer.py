@@ -153,10 +153,10 @@ class Actor(nn.Module):
 
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
-    gap. Position ids skip the padding, so that a row does not depend on its batch mates; a model
-    that has none (Mamba) fails in `independent_of_batch`. Never call `train()`: with dropout, what
-    is scored is not what was sampled. (For gradient checkpointing call it around `log_probs` only,
-    with all dropout rates 0.)
+    gap. Position ids skip the padding, so that a row does not depend on its batch mates
+    (`independent_of_batch` finds models that depend on them, such as Mamba). Never call `train()`:
+    with dropout, what is scored is not what was sampled. (For gradient checkpointing call it around
+    `log_probs` only, with all dropout rates 0.)
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
@@ -856,7 +856,7 @@ def mean_return(episodes, gamma=1.0):
 
 @torch.no_grad()
 def metrics(learner, q_and_v_losses, actor_updates):
-    """The numbers of an iteration, a dict; README shows those of healthy and of sick runs.
+    """The numbers of an iteration, a dict; README shows some of healthy and of sick runs.
 
     Losses are means over the steps; actor_loss is that of the variant (of ppo, the last epoch's).
     advantage, advantage_std: mean and spread of A. The rest is about the episodes played. value:

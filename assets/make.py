@@ -1533,7 +1533,7 @@ def lifts_table(runs, usual):
 
 def shown_methods(knobs):
     """The exact advantage does not depend on luck, so it is only tried without. The placebo, which
-    never arrives, takes long: it is tried in one game."""
+    seldom arrives, takes long: it is tried in one game."""
     methods = list(LOOKS)
     if knobs in LENGTHS:
         methods.append("exact advantage")
@@ -1553,7 +1553,7 @@ def read_length(file):
 
 
 def best_of_doors(runs, knobs):
-    """{method: the best settings in the game tried}, see above."""
+    """{method: the best settings in the game tried}, by the rule above LENGTHS."""
 
     def cost(method, settings):
         episodes, seconds = (spent_in_trials(runs, knobs, method, settings, k) for k in (0, 2))
