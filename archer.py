@@ -25,6 +25,7 @@ each member of the double critic. `spoken`, [B, L], is the mask of a batch's utt
 encoder's embedding of s.
 """
 
+import argparse
 import collections
 import contextlib
 import copy
@@ -46,9 +47,12 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-GAMES = {}
-with contextlib.suppress(ImportError):  # a project may have no `envs`, or another one
+try:
     from envs import GAMES
+except ImportError as error:
+    if error.name != "envs":  # a mistake inside of it
+        raise
+    GAMES = {}  # a project may have no `envs`, or another one
 
 
 def setting(default, help):
@@ -66,7 +70,7 @@ class Config:
     actor: str = setting("", "causal language model, name or folder; empty: a new tiny GPT-2")
     critic: str = setting("", "encoder or decoder, name or folder; empty: a new tiny RoBERTa")
     out: str = setting("", "folder to write into; empty: a new one under runs/")
-    checkpoint_every: int = setting(10, "iterations; 0: only before the first and after the last")
+    checkpoint_every: int = setting(10, "iterations; 0: only at the start and at the end")
 
     demonstrations: int = setting(2000, "to imitate, and to fill the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
@@ -98,7 +102,7 @@ class Config:
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
-    offline: str = setting("", "file to imitate and learn from, best with iql and awr; empty: play")
+    offline: str = setting("", "learn from this file only (sets episodes, capacity); empty: play")
     evaluation_episodes: int = setting(500, "fresh episodes per reported return; few: noisy")
 
 
@@ -161,6 +165,7 @@ class Actor(nn.Module):
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
     rows = 512  # the batch size of generation; set by `build`
+    vocabulary = None  # of the tiny models' tokenizer, for checkpoints; set by `build`
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
         """model: in float32; many are saved in bfloat16, in which small steps are rounded away. Its
@@ -201,10 +206,10 @@ class Actor(nn.Module):
     @torch.no_grad()
     def speak(self, states, greedy):
         """The token ids of one utterance at each state, all in one batch."""
-        index = {s: i for i, s in enumerate(dict.fromkeys(states))}
+        index = {s: i for i, s in enumerate(dict.fromkeys(states))}  # a row per distinct state
         # An empty state becomes a newline: the utterance must have something before it.
         ids, mask = pad([self.tokens_of(s or "\n") for s in index], 0, self.model.device, "left")
-        logits, cache = self(ids, mask, keep=1)  # reads each distinct state once
+        logits, cache = self(ids, mask, keep=1)
         row_of = torch.tensor([index[s] for s in states], device=ids.device)
         cache.reorder_cache(row_of)  # repeats rows: from here on one per state
         logits, mask = logits[row_of], mask[row_of]
@@ -307,7 +312,8 @@ class DoubleCritic(nn.Module):
 def soft_update(target, online, tau):
     """target <- (1 - tau) target + tau online, parameter by parameter, after every critic step.
 
-    Both in float32: in bfloat16 small steps are rounded away, and the target stands still.
+    Both in float32: in bfloat16 small steps are rounded away, and the target stands still. Buffers,
+    such as those of batch normalisation, are not copied; the critic has none that change.
     """
     for t, o in zip(target.parameters(), online.parameters(), strict=True):
         t.lerp_(o, tau)
@@ -387,13 +393,13 @@ def rollout(game, actor, episodes, rng, greedy=False):
         states = {i: as_text(g.reset(seed=rng.randrange(2**31))[0]) for i, g in enumerate(games)}
         while states:  # of the games that still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
-            for i, a, ids in zip(list(states), utterances, token_ids, strict=True):  # a copy
+            for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
                 s2, r, terminated, truncated, _ = games[i].step(a)
                 s, a, r, s2, done = checked(states[i], a, r, s2, terminated)
                 played[i].append(Transition(s, a, ids, r, s2, done))
                 states[i] = s2
                 if terminated or truncated:
-                    del states[i]
+                    del states[i]  # the loop has a list of its own
     return played
 
 
@@ -442,8 +448,8 @@ class ArCHer:
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         self.buffer.rng.shuffle(examples)
         q_and_v_losses = []
-        for batch in split(examples, c.batch):  # (Alg. 1, line 8)
-            # Q and V step together, since they share an encoder. (Alg. 1, lines 9-10)
+        for batch in split(examples, c.batch):
+            # Q and V step together, since they share an encoder. (Alg. 1, lines 8-11)
             q_and_v_losses.append(descend(self.critic_losses, batch, self.critic_optimizer, c))
             soft_update(self.target, self.critic, c.tau)  # (Alg. 1, lines 12-15)
 
@@ -559,7 +565,8 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
 def ppo_loss(log_p, old_log_p, spoken, A, clip):
     """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
 
-    log_p, old_log_p (both finite), spoken: [B, L]. A: [B], per utterance, or [B, L], per token.
+    log_p, old_log_p (both finite), spoken: [B, L]. A: [B], per utterance, or [B, L],
+    per token, as in the tutorial's token-level PPO.
     """
     A = A.detach() if A.dim() == 2 else A.detach()[:, None]
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
@@ -585,7 +592,7 @@ class TokenBaseline(nn.Module):
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         # The logits are not used.
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-            out = self.model(**x, output_hidden_states=True, logits_to_keep=1)
+            out = self.model(**x, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         L = spoken.shape[1]
         hidden = out.hidden_states[-1][:, -L - 1 : -1].float()  # at i-1, for i
         return self.head(hidden).squeeze(2), spoken
@@ -625,6 +632,7 @@ class WithPPO(ArCHer):
         self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for _ in range(self.c.ppo_epochs):
             loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
+        del self.old_actor
         return examples, loss
 
     def loss_of_actor(self, s, token_ids, A):
@@ -721,7 +729,8 @@ def checked(s, a, r, s2, done):
     """
     with explained(f"the reward {r!r}"):
         require(math.isfinite(r), "it is not finite")
-    require(done in (True, False), f"{done!r} is not true or false")
+    with explained(f"the end of the task, {done!r}"):
+        require(done in (True, False), "it is not true or false")
     return as_text(s), as_text(a).removesuffix("\n"), float(r), as_text(s2), bool(done)
 
 
@@ -821,7 +830,7 @@ def build(c, vocabulary):
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         tiny = tiny_tokenizer(vocabulary)  # its own: the two models need not read equally far
         critic = DoubleCritic(*load(c.critic, transformers.AutoModel, encoder, tiny, c)).to(device)
-        alone, beside = critic.embed(["A"])[0], critic.embed(["A", "Somewhat longer.\n"])[0]
+        alone, beside = critic.embed(["A"])[0], critic.embed(["A", "", "Somewhat longer.\n"])[0]
         require(torch.allclose(alone, beside, rtol=1e-3, atol=1e-3), "it mixes texts of a batch")
     actor.vocabulary = vocabulary  # for checkpoints: a resumed run has no texts to learn it from
     # Only if both are named, for simplicity; tiny models would gain nothing from bfloat16.
@@ -941,8 +950,12 @@ def check(c):
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
     least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
     most = dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "gamma", "tau", "expectile"), 1)
-    for name, value in vars(c).items():
-        if not isinstance(value, str):
+    for field in dataclasses.fields(c):
+        name, value = field.name, getattr(c, field.name)
+        types = (int, float) if field.type is float else field.type
+        kind = field.type.__name__
+        require(isinstance(value, types), f"--{name} must be of type {kind}, not {value!r}")
+        if field.type is not str:
             low, high = least.get(name, 0), most.get(name, 1e9)
             require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
 
@@ -1032,26 +1045,26 @@ def dialogue(episode, actor, critic):
     return "\n".join([*lines, episode[-1].s2.strip()[-80:]])
 
 
-def write_checkpoint(folder, state, learner):
-    """The state of a run, and its settings for people to read."""
+def write_checkpoint(folder, record, learner):
+    """What `run` has on record, with the learner's state, and the settings for people to read."""
     with written(folder / "checkpoint.pt") as part:
-        torch.save(state | {"learner": learner.state_dict()}, part)
-    write_json(folder / "config.json", [state["config"]])
+        torch.save(record | {"learner": learner.state_dict()}, part)
+    write_json(folder / "config.json", [record["config"]])
 
 
-def run(c, saved=None):
+def run(c, record=None):
     """A whole run: warm start, Algorithm 1, evaluation. Returns its summary.
 
-    saved: the content of a checkpoint to go on from; without one, the run is new. In the summary,
+    record: the content of a checkpoint to go on from; without one, the run is new. In the summary,
     the seconds are those since the start or the last `--resume`.
     """
     began = time.time()
-    c, actor, critic, demonstrations = prepare(c, saved["vocabulary"] if saved else None)
+    c, actor, critic, demonstrations = prepare(c, record["vocabulary"] if record else None)
     game = GAMES[c.env]
     evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # still lacks its `rng`
     now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
     folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now}")
-    if not saved:
+    if not record:
         with explained(f"cannot begin in {folder}"):
             folder.mkdir(parents=True, exist_ok=bool(c.out))
             kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # of a stopped write
@@ -1060,27 +1073,29 @@ def run(c, saved=None):
         if demonstrations:
             print(f"mean return of the demonstrations: {mean_return(demonstrations):.2f}")
         warm_start(actor, demonstrations, c)
-        saved = {"config": dataclasses.asdict(c), "metrics": [], "vocabulary": actor.vocabulary}
-        saved["start"] = mean_return(evaluate(random.Random(f"start {c.seed}")))
-        print(f"mean return of the warm-started actor: {saved['start']:.2f}")
+        start = mean_return(evaluate(random.Random(f"start {c.seed}")))
+        record = {"start": start, "metrics": [], "vocabulary": actor.vocabulary}
+        print(f"mean return of the warm-started actor: {start:.2f}")
+    record["config"] = dataclasses.asdict(c)
     learner = variant(c)(game, actor, critic, demonstrations, c)
-    if "learner" in saved:
+    if "learner" in record:
         with explained(f"the checkpoint in {folder} belongs to another run"):
-            learner.load_state_dict(saved.pop("learner"))
+            learner.load_state_dict(record.pop("learner"))
     bar = tqdm(range(learner.iteration, c.iterations), "ArCHer")
     for i in bar:
         if i % (c.checkpoint_every or c.iterations) == 0:  # with 0: only at i = 0, and at the end
-            write_checkpoint(folder, saved, learner)
+            write_checkpoint(folder, record, learner)
         numbers = learner.iterate()
         bar.set_postfix({"return": numbers.get("return", "-")})
-        saved["metrics"].append(numbers)
-        write_json(folder / "metrics.jsonl", saved["metrics"])
-    write_checkpoint(folder, saved, learner)
+        record["metrics"].append(numbers)
+        write_json(folder / "metrics.jsonl", record["metrics"])
+    write_checkpoint(folder, record, learner)
     with written(folder / "actor") as part:
         actor.model.save_pretrained(part)
         actor.tokenizer.save_pretrained(part)
     episodes = evaluate(random.Random(f"end {c.seed}"))
-    summary = {"game": c.env, "seed": c.seed, "start": saved["start"], "end": mean_return(episodes)}
+    summary = {"game": c.env, "seed": c.seed, "start": record["start"]}
+    summary["end"] = mean_return(episodes)
     summary["greedy"] = mean_return(evaluate(random.Random(f"greedy {c.seed}"), greedy=True))
     if hasattr(game, "optimal_return"):
         summary["optimum"] = game.optimal_return()
@@ -1095,22 +1110,25 @@ def main(arguments=None):
     """The command line: an option for each setting, and one line for each mistake."""
     parser = transformers.HfArgumentParser(Config, prog="archer.py", description="ArCHer")
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with a stopped run")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on; may take --iterations")
     options = parser.parse_args(arguments)
     game = GAMES.get(options.env)
     folder = options.resume
     threads = torch.get_num_threads()
-    saved = None
+    record = None
     try:
-        if folder:
-            alone = options == parser.parse_args(["--resume", folder])  # nothing else was given
-            require(alone, "--resume takes no other option")
+        if folder is not None:
+            unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # keeps defaults out
+            parsed = vars(parser.parse_args(arguments, unset))
+            given = {name: value for name, value in parsed.items() if value is not None}
+            del given["resume"]
+            require(given.keys() <= {"iterations"}, "--resume takes no option but --iterations")
             with explained(f"cannot go on from {folder}"):
                 begun = Path(folder, "checkpoint.pt").exists()
                 require(begun, "it has no checkpoint: begin again, without --resume")
-                saved = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
-                require("vocabulary" in saved, "it is of an earlier version of archer.py")
-                c = Config(**(saved["config"] | {"out": folder}))
+                record = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
+                require("vocabulary" in record, "it is of an earlier version of archer.py")
+                c = Config(**(record["config"] | given | {"out": folder}))
                 require(c.env in GAMES, f"use the script that adds {c.env} to GAMES")
         else:
             # An unknown game is refused by `check`.
@@ -1121,9 +1139,11 @@ def main(arguments=None):
             (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         if not (c.actor or c.critic):
             torch.set_num_threads(1)  # more help tiny models little, and hurt on a busy machine
-        return run(c, saved)
+        return run(c, record)
     except (UserError, FloatingPointError) as error:
         parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")
+    except torch.OutOfMemoryError:
+        parser.exit(2, "\narcher: out of memory: try a smaller --micro-batch or --state-tokens\n")
     finally:
         torch.set_num_threads(threads)
 

@@ -51,7 +51,8 @@ class TextGame:
         "tau": 0.1,
         "clip": 1.0,
         "utterance_tokens": 32,
-        # our choice: neither source gives a value
+        # our choice: neither source gives a value, nor one for `iterations` and `warm_start_steps`,
+        # which stay those of the tiny models
         "warm_start_lr": 1e-4,
     }
     # What `--preset pretrained` changes: a language model of GPT-2's size and an encoder, on a CPU.
@@ -481,7 +482,8 @@ class GuessMyCity(TwentyQuestions):
     def plan(cls, belief):
         """Returns (expected return, best utterance) for a belief, a tuple of cities.
 
-        Valid while at least as many turns are left as cities: always, if each turn rules one out.
+        Valid while no fewer turns than cities are left. This holds at the start (20 and 16), and
+        goes on to hold if every turn rules out a city.
         The return equals that of `value`, but `plan` is much faster, as it never considers a guess
         before a question. Nothing is lost by this. Suppose that a plan guesses first, and postpone
         that guess to the point where its city is the only one left. Then every other city is found

@@ -901,10 +901,7 @@ COPIES = {
     "expectile_loss": ("", "test_exact_eq6_as_written"),
     "awr_loss": ("", "test_exact_eq7_as_written"),
     "ppo_loss": ("import torch", "test_exact_ppo_as_written"),
-    "ReplayBuffer": (
-        "import collections, random",
-        "test_the_buffer_keeps_the_last_and_draws_evenly",
-    ),
+    "ReplayBuffer": ("import collections, random", "test_the_buffer_draws_evenly_from_the_last"),
 }
 
 
@@ -921,7 +918,7 @@ def against(module, test):
         if "models" in wanted:
             torch.manual_seed(0)
             monkeypatch.setattr(module, "require", lambda *x: None)  # its trial would stop it here
-            # The mutant's own: see the first line in which globals are replaced.
+            # `archer` is the other module here: see `setitem`.
             arguments["models"] = archer.build(Config(), vocabulary())
         globals()[test](**{name: arguments[name] for name in wanted})
 
@@ -1091,7 +1088,7 @@ ZOO = {
         # Play is greedy. Flat: the buffer holds one utterance a state, and Q knows no other.
         ("c.episodes, self.buffer.rng)", "c.episodes, self.buffer.rng, True)"),
     ],
-    "test_the_buffer_keeps_the_last_and_draws_evenly": [
+    "test_the_buffer_draws_evenly_from_the_last": [
         # The buffer has no limit. The critic learns from stale play, and memory grows.
         ("collections.deque(maxlen=capacity)", "collections.deque()"),
         # The buffer gives the latest only. Good play is lost and found again: what is no longer
@@ -1698,9 +1695,9 @@ def test_each_kind_of_tokenizer_ends_cuts_keeps_and_scores_utterances(kind):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**size))
     archer.load("", None, model, tokenizer, Config(state_tokens=40))
     actor = Actor(model, tokenizer, utterance_tokens=8)
-    demonstrated = ids_of(actor, "is it red?")
+    demonstrated = archer.with_tokens([[("", "is it red?", 0.0, "", True)]], actor)[0][0].ids
     words = tokenizer.encode("is it red?", add_special_tokens=False)
-    assert len(demonstrated) == length
+    assert demonstrated == ids_of(actor, "is it red?") and len(demonstrated) == length
     goes_on = [*demonstrated, *ids_of(actor, "No.")]
     ended = [[*words, end] for end in (0, unknown)]
     for written, kept in (
@@ -1790,7 +1787,7 @@ def test_a_model_is_loaded_in_float32_bounded_in_memory_and_saved(tmp_path, monk
 # ==================================================================================================
 
 
-def test_the_buffer_keeps_the_last_and_draws_evenly():
+def test_the_buffer_draws_evenly_from_the_last():
     for n in range(1, 28):
         buffer = ReplayBuffer(10)
         for k in range(0, n, 4):
@@ -2178,8 +2175,8 @@ def start(folder, *options):
     return outcome(folder)
 
 
-def go_on(folder):
-    archer.main(["--resume", str(folder)])
+def go_on(folder, *options):
+    archer.main(["--resume", str(folder), *options])
     return outcome(folder)
 
 
@@ -2305,7 +2302,8 @@ def test_metrics_by_hand(models):
     learner.played = [[first, second], [second._replace(s="off\n", ids=said[2])]]
     q_and_v_losses = [torch.tensor([1.0, 3.0]), torch.tensor([2.0, 5.0])]
     rows = [("go\n", [1], torch.tensor(A)) for A in (1.0, 3.0)]
-    found = archer.metrics(learner, q_and_v_losses, [(rows, torch.tensor(6.0))] * 2)
+    actor_updates = [(rows[:1], torch.tensor(5.0)), (rows[1:], torch.tensor(7.0))]
+    found = archer.metrics(learner, q_and_v_losses, actor_updates)
     value = critic.v(critic.embed(["go\n", "off\n"])).min(0).values.mean().item()
     expected = {"iteration": 5, "q_loss": 1.5, "v_loss": 4.0, "actor_loss": 6.0, "return": 4.5}
     expected |= {"advantage": 2.0, "advantage_std": 1.0, "turns": 1.5}
@@ -2315,7 +2313,8 @@ def test_metrics_by_hand(models):
     expected |= {"entropy": total / 3, "token_entropy": total / 5, "tokens": 5 / 3}
     assert found == pytest.approx(expected | {"distinct": 2 / 3, "cut": 1 / 3}, rel=1e-5)
     q, v = (x.min() for x in critic(["go\n"], ["a"]))
-    numbers = f"r  1.0   Q {q:6.2f}   V {v:6.2f}   A {q - v:6.2f}   log p"
+    log_p = sum(plain_log_probs(actor, "go\n", said[0]))
+    numbers = f"r  1.0   Q {q:6.2f}   V {v:6.2f}   A {q - v:6.2f}   log p {log_p:6.2f}"
     assert numbers in archer.dialogue([first], actor, critic)
 
 
@@ -2446,6 +2445,8 @@ def test_a_run_stopped_before_its_first_checkpoint_is_begun_again(stock, quick):
     assert os.listdir("run") == []
     Path("run/checkpoint.pt.part").touch()  # as a kill may leave it
     assert start("run") == go_on("run") == outcome(stock / "run")  # a finished run ends again
+    start("short", "--iterations", "2")
+    assert go_on("short", "--iterations", "4") == outcome(stock / "run")
 
 
 @pytest.mark.parametrize("every, due", [(0, [0, 4]), (1, [0, 1, 2, 3, 4]), (3, [0, 3, 4])])
@@ -2713,16 +2714,15 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--out run | --out gpt2": "cannot begin in {}: it is not empty: --resume it, or another --out",
     "--out prose | --out prose/below": "cannot begin in {}: ",
     "--offline nowhere | --offline run | --offline gpt2/model.safetensors": "cannot read {}",
-    "--offline false_done": "{}, line 3, is not a list of turns [s, a, r, s', terminated]: 'Fa",
+    "--offline false_done": "{}, line 3, is not a list of turns [s, a, r, s', terminated]: the",
     "--offline null_state": "{}, line 2, is not a list of turns [s, a, r, s', terminated]: not",
     "--offline two_lines": "as a line of at most 5 tokens (longest: 4; --utterance-tokens): 1, ",
     "--offline sentences": "1, such as ['Up. Or\\nnot.']",
     "--offline no_word": "--utterance-tokens): 1, such as ['go<|endoftext|>']",
     # going on
-    "--resume run --gamma 0.5 | --resume run --preset paper": "--resume takes no other option",
+    "--resume run --gamma 0.97 | --resume run --preset paper": "--resume takes no option but",
     "--resume nowhere | --resume prose | --resume gpt2": "cannot go on from {}: it has no checkp",
-    "--resume unknown": "cannot go on from {}",
-    "--resume truncated | --resume plain | --resume partless": "cannot go on from {}",
+    "--resume truncated | --resume plain | --resume partless | --resume unknown": "cannot go on",
     "--resume early": "cannot go on from early: it is of an earlier version",
     "--resume elsewhere": "cannot go on from {}: use the script that adds chess to GAMES",
     "--resume edited": "the checkpoint in {} belongs to another run",
@@ -2735,9 +2735,9 @@ POSITIVE = {"batch", "capacity", "critic_steps", "ppo_epochs"}
 POSITIVE |= {"evaluation_episodes", "utterance_tokens"}
 
 
-def test_numbers_out_of_their_range_are_refused():
+def test_values_out_of_their_range_or_of_another_type_are_refused():
     for name in (field.name for field in dataclasses.fields(Config) if field.type is not str):
-        for value in (-1, 1e10, math.nan, *([0] if name in POSITIVE else [])):
+        for value in (-1, 10**10, math.nan, None, *([0] if name in POSITIVE else [])):
             with pytest.raises(archer.UserError, match=f"--{name} must be .* not {value}"):
                 archer.check(Config(**{name: value}))
 
