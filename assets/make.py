@@ -921,7 +921,7 @@ def plot_offline(shown):
 
 def plot_ablations(shown):
     """A panel a run, a line a seed."""
-    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
     panels = figure.subplots(1, 1 + len(ABLATIONS), sharey=True)
     for axes, name in zip(panels, ("ArCHer", *ABLATIONS), strict=True):
         for rows in shown["ablations", "detective", name]:
@@ -1662,7 +1662,8 @@ def plot_length(shown):
     figure = Figure(figsize=(3 + 5 * len(columns), 5.5), layout="constrained")
     options = {"sharex": "col", "sharey": "row", "height_ratios": (4, 1), "squeeze": False}
     panels = figure.subplots(2, len(columns), **options)
-    looks = LOOKS | {"exact advantage": ("black", "*"), "permuted advantages": ("0.6", "x")}
+    looks = LOOKS | {"empty buffer": ("#56B4E9", "P")}
+    looks |= {"exact advantage": ("black", "*"), "permuted advantages": ("0.6", "x")}
     for (upper, lower), (label, (games, title)) in zip(panels.T, columns.items(), strict=True):
         for k, (method, (color, marker)) in enumerate(looks.items()):
             style = {"color": color, "marker": marker, "markersize": 6}
@@ -1682,7 +1683,7 @@ def plot_length(shown):
                         below = {"ha": "center", "va": "top", "fontsize": 8}
                         below["bbox"] = {"color": "white", "pad": 0.5}
                         upper.text(x[-1], 0.8 * y[-1], arrived, color=color, **below)
-            name = f"ArCHer, {method}" if method in ADVANTAGES else method
+            name = method if method in LOOKS else f"ArCHer, {method}"
             upper.plot(x, y, label=name, **style)
         upper.set(yscale="log", ylim=(0.8, 2.2 * MOST_EPISODES), title=title)
         lower.plot(range(len(games)), [warm_start_wins(shown, x) for x in games], "o-k")
