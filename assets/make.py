@@ -1670,7 +1670,7 @@ def plot_length(shown):
             x, y = [], []
             for place, knobs in enumerate(games):
                 if shown[knobs, method]:
-                    x.append(place + 0.09 * (k - 3))  # side by side
+                    x.append(place + 0.05 * (k - 3.5))  # side by side
                     episodes = arrivals(shown, knobs, method)
                     y.append(statistics.median(episodes))
                     arrived = sum(map(math.isfinite, episodes))
