@@ -1435,8 +1435,7 @@ def test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only(models
     assert gradient_size(baseline) > 0 and gradient_size(actor) == gradient_size(critic) == 0
     baseline.zero_grad()
     loss = learner.loss_of_actor(s, token_ids, A)
-    expected = archer.actor_loss_with_baseline(log_p, spoken, torch.stack(A), v)
-    assert torch.allclose(loss, expected)
+    assert torch.allclose(loss, archer.actor_loss_with_baseline(log_p, spoken, torch.stack(A), v))
     loss.backward()
     assert gradient_size(actor) > 0 and gradient_size(baseline) == gradient_size(critic) == 0
     # Its step is its own, at the critic's rate.
@@ -2575,16 +2574,14 @@ def test_a_reward_not_finite_stops_a_run(turns, done, bad, stock, quick, capsys,
     assert learner_in("run")["iteration"] == done and not Path("run/summary.json").exists()
 
 
+def test_running_out_of_memory_gets_one_line(quick, capsys, monkeypatch):
+    monkeypatch.setattr(archer, "rollout", mock.Mock(side_effect=torch.OutOfMemoryError))
+    assert "out of memory: try a smaller --mi" in mistake(capsys, *QUICK.split(), "--out", "run")
+
+
 # ==================================================================================================
 # Mistakes
 # ==================================================================================================
-
-
-def words_only():
-    """A tokenizer that knows six words, and no newline."""
-    words = {"[PAD]": 0, "[UNK]": 1, "go": 2, "north": 3, "take": 4, "key": 5}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
 FILES = {
@@ -2614,10 +2611,13 @@ def stock(tmp_path_factory):
     actor, _ = archer.build(Config(), vocabulary())
     tiny_model("roberta", "critic", folder / "roberta")
     gpt2 = transformers.GPT2Config(vocab_size=6, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    words = {"[UNK]": 0, "go": 1, "north": 2, "take": 3, "key": 4, "on": 5}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))  # no newline
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     for name, model, tokenizer in (
         ("gpt2", actor.model, actor.tokenizer),
         ("cut", actor.model, actor.tokenizer),
-        ("no_newline", transformers.GPT2LMHeadModel(gpt2), words_only()),
+        ("no_newline", transformers.GPT2LMHeadModel(gpt2), words),
         ("too_few", transformers.GPT2LMHeadModel(gpt2), actor.tokenizer),
     ):
         model.save_pretrained(folder / name)
@@ -2752,8 +2752,7 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(options, stock, quick, ca
     before = contents(stock)
     for one in options.split(" | "):
         begun = [] if "--resume" in one else [*QUICK.split(), "--out", "never"]
-        line = mistake(capsys, *begun, *one.split())
-        assert MISTAKES[options].format(one.split()[-1]) in line
+        assert MISTAKES[options].format(one.split()[-1]) in mistake(capsys, *begun, *one.split())
     assert contents(stock) == before
 
 
