@@ -52,6 +52,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["TQDM_DISABLE"] = "1"  # runs side by side would mix their progress bars
 
+import matplotlib
 import torch
 import transformers
 from matplotlib.figure import Figure
@@ -425,9 +426,10 @@ def notebook(check=False):
 def tutorial():
     """A module of the cells of tutorial.ipynb that are tagged `definitions`: it has the rivals."""
     module = types.ModuleType("tutorial")
-    for cell in json.loads(TUTORIAL.read_text(encoding="utf-8"))["cells"]:
-        if "definitions" in tags(cell):
-            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), vars(module))
+    with matplotlib.rc_context():  # its style of figures stays its own
+        for cell in json.loads(TUTORIAL.read_text(encoding="utf-8"))["cells"]:
+            if "definitions" in tags(cell):
+                exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), vars(module))
     return module
 
 
@@ -920,19 +922,20 @@ def plot_offline(shown):
 
 
 def plot_ablations(shown):
-    """A panel a run, a line a seed."""
+    """A panel per run, a line per seed."""
     figure = Figure(figsize=(12, 2.8), layout="constrained")
     panels = figure.subplots(1, 1 + len(ABLATIONS), sharey=True)
     for axes, name in zip(panels, ("ArCHer", *ABLATIONS), strict=True):
-        for rows in shown["ablations", "detective", name]:
+        for k, rows in enumerate(shown["ablations", "detective", name]):
             x = [row[0] for row in rows]
-            axes.plot(x, [row[3] for row in rows], color="#0072B2", alpha=0.7)
-        axes.axhline(1, linestyle="--", **BLACK)
-        axes.axhline(0, linestyle=":", **BLACK)
+            axes.plot(x, [row[3] for row in rows], color=f"C{k}", alpha=0.8)
+        axes.axhline(1, linestyle="--", label="optimum", **BLACK)
+        axes.axhline(0, linestyle=":", label="warm start", **BLACK)
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("episodes played", fontsize=8)
         axes.set_ylim(-0.8, 1.1)
     panels[0].set_ylabel("share of the gap closed", fontsize=9)
+    panels[-1].legend(fontsize=8)
     figure.savefig(HERE / "ablations.png", dpi=110)
 
 
@@ -1670,7 +1673,7 @@ def plot_length(shown):
             x, y = [], []
             for place, knobs in enumerate(games):
                 if shown[knobs, method]:
-                    x.append(place + 0.05 * (k - 3.5))  # side by side
+                    x.append(place + 0.07 * (k - 3.5))  # side by side
                     episodes = arrivals(shown, knobs, method)
                     y.append(statistics.median(episodes))
                     arrived = sum(map(math.isfinite, episodes))
