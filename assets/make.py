@@ -237,7 +237,7 @@ def results(draw=False, file=HERE / "results.jsonl"):
 
 
 def pretrained(folders):
-    """Return against episodes, a line a run, beside the tiny models of `results` on three seeds.
+    """Return against episodes, a line per run, beside the tiny models of `results` on three seeds.
 
     folders: of finished runs. None: those in pretrained.jsonl.
     """
@@ -260,7 +260,7 @@ def pretrained(folders):
     for name, (lines, color, style) in looks.items():
         for k, run in enumerate(lines):
             x, y = [0, *played_until(run)], [run["start"], *run["return"]]
-            label = f"{name}; a line a seed" if k == 0 else None
+            label = f"{name}; a line per seed" if k == 0 else None
             axes.plot(x, y, color=color, linestyle=style, label=label)
     axes.axhline(game.optimal_return(), linestyle=":", label="optimum", **BLACK)
     axes.set(xlabel="episodes played", ylabel="return of an episode, sampled play")
