@@ -2445,7 +2445,7 @@ def test_a_run_stopped_before_its_first_checkpoint_is_begun_again(stock, quick):
     Path("run/checkpoint.pt.part").touch()  # as a kill may leave it
     assert start("run") == go_on("run") == outcome(stock / "run")  # a finished run ends again
     start("short", "--iterations", "2")
-    assert go_on("short", "--iterations", "4") == outcome(stock / "run")
+    assert go_on("short", "--iterations", "4") == go_on("short") == outcome(stock / "run")
 
 
 @pytest.mark.parametrize("every, due", [(0, [0, 4]), (1, [0, 1, 2, 3, 4]), (3, [0, 3, 4])])

@@ -1121,18 +1121,19 @@ def discount_table(path):
 
 
 def demonstrations_table(path):
-    """What the demonstrators of the first seed shown earn, and how many see the last room."""
+    """What the demonstrators of the seeds shown earn, and how many see the last room."""
     tutorial().Adventure.path = path
     usual = tutorial().Adventure
     rows = []
-    for kind, game in (("usual", usual), ("weak", weak(usual))):
-        episodes = game.demonstrations(ADVENTURE["demonstrations"], 0)
+    kinds = (("usual", usual), ("weak", weak(usual)))
+    for (kind, game), seed in itertools.product(kinds, range(5)):
+        episodes = game.demonstrations(ADVENTURE["demonstrations"], seed)
         scores = [10 + 10 * sum(r for _, _, r, *_ in episode) for episode in episodes]
         last = sum(any("Room # 30" in s2 for *_, s2, _ in episode) for episode in episodes)
-        row = [kind, len(episodes), statistics.mean(scores), max(scores), last]
+        row = [kind, seed, len(episodes), statistics.mean(scores), max(scores), last]
         rows.append([f"{x:.0f}" if isinstance(x, float) else x for x in row])
-    header = ["demonstrations", "episodes", "points", "best", "reach the room before the end"]
-    return markdown(header, rows)
+    header = ["demonstrations", "seed", "episodes", "points", "best"]
+    return markdown([*header, "reach the room before the end"], rows)
 
 
 def adventure(path, file=HERE / "adventure.csv"):
@@ -1231,12 +1232,13 @@ def shown_table(shown):
             [last_fifth(run) for run in runs],
             [arrival(run, 276) for run in runs],
             [run["greedy"][0][1] for run in runs],
+            [run["sampled"][0][1] for run in runs],
         )
         row = [kind, method, settings, len(runs), *map(spread, measured)]
         rows.append([*row, paper.get(method, "") if kind == "usual" else ""])
     rows.sort(key=lambda row: (row[0], list(LOOKS).index(row[1])))
     header = ["demonstrations", "method", "settings", "seeds", "points, last 240 of 1,200 episodes"]
-    header += ["episodes until the mean of 32 is 276", "greedy", "paper"]
+    header += ["episodes until the mean of 32 is 276", "greedy", "sampled, 100 episodes", "paper"]
     return markdown(header, rows)
 
 
@@ -1620,12 +1622,12 @@ def warm_start_wins(shown, knobs):
 def length_table(shown, games, best):
     """A row a method, a column a game: episodes to 80 %, and how many seeds got there.
 
-    Then the ratio of the medians of PPO and ArCHer, if ArCHer's arrived, and the utterances that
-    both had said by then, those for learning included.
+    Then the ratio of the medians of PPO and ArCHer, if ArCHer's arrived, the utterances that both
+    had said by then, those for learning included, and the seconds.
     """
     wins = ["warm start wins", ""]
     ratios = ["PPO / ArCHer", ""]
-    said = ["utterances: PPO, ArCHer", ""]
+    spent = {1: ["utterances: PPO, ArCHer", ""], 2: ["seconds: PPO, ArCHer", ""]}
     games = sorted(knobs for knobs in games if all(shown[knobs, m] for m in LOOKS))
     for knobs in games:
         wins.append(f"{warm_start_wins(shown, knobs):.1%}")
@@ -1633,8 +1635,10 @@ def length_table(shown, games, best):
         more = "" if math.isfinite(ppo) else "more than "
         ratio = f"{more}{min(ppo, MOST_EPISODES) / ours:.1f}"
         ratios.append(ratio if math.isfinite(ours) else "–")
-        both = ([first(x, 8, 1) for x in shown[knobs, m].values()] for m in ("PPO", "ArCHer"))
-        said.append(", ".join(map(spread, both)))
+        for column, row in spent.items():
+            seeds = (shown[knobs, m].values() for m in ("PPO", "ArCHer"))
+            both = ([first(rows, 8, column) for rows in x] for x in seeds)
+            row.append(", ".join(spread(x, column - 1) for x in both))
     rows = []
     for method, settings in best.items():
         row = [method, words(settings)]
@@ -1645,7 +1649,7 @@ def length_table(shown, games, best):
         if any(row[2:]):
             rows.append(row)
     header = ["method", "settings", *map(doors_name, games)]
-    return markdown(header, [wins, *rows, ratios, said])
+    return markdown(header, [wins, *rows, ratios, *spent.values()])
 
 
 def plot_length(shown):
