@@ -2260,14 +2260,14 @@ def test_luck_of_a_game_that_ignores_its_seed_is_the_runs_own(stock, quick, monk
 
 def test_another_module_may_be_called_envs_and_names_any_script(quick):
     """Python without assertions; a console that lacks characters; without docstrings, one line."""
-    Path("envs").mkdir()
-    Path("envs/__init__.py").write_text("GAMES_OF_MINE = 7")
-    code = f"import sys; sys.path.append({str(HERE)!r}); import archer; assert not archer.GAMES"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    Path("alone").mkdir()
-    shutil.copy(HERE / "archer.py", "alone")
-    code = "import archer; assert not archer.GAMES"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="alone")
+    shutil.copy(HERE / "archer.py", ".")
+    command = [sys.executable, "-c", "import archer; assert not archer.GAMES"]
+    subprocess.run(command, check=True)  # without any envs.py
+    Path("envs.py").write_text("GAMES_OF_MINE = 7")
+    subprocess.run(command, check=True)
+    Path("envs.py").write_text("import nowhere")
+    shown = subprocess.run(command, capture_output=True)
+    assert b"No module named 'nowhere'" in shown.stderr
     script = [str(HERE / "archer.py"), *QUICK.split(), "--iterations", "0", "--out", "猫"]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
     shown = subprocess.run([sys.executable, "-O", *script], capture_output=True, env=environment)
@@ -2610,14 +2610,14 @@ def stock(tmp_path_factory):
             start("run")
     actor, _ = archer.build(Config(), vocabulary())
     tiny_model("roberta", "critic", folder / "roberta")
-    gpt2 = transformers.GPT2Config(vocab_size=6, n_positions=64, n_embd=8, n_layer=1, n_head=2)
-    words = {"[UNK]": 0, "go": 1, "north": 2, "take": 3, "key": 4, "on": 5}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[UNK]"))  # no newline
-    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    gpt2 = transformers.GPT2Config(vocab_size=15, n_positions=64, n_embd=8, n_layer=1, n_head=2)
+    letters = {letter: i for i, letter in enumerate("ASeghlmnorstw. ")}  # no newline
+    letters = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    letters = transformers.PreTrainedTokenizerFast(tokenizer_object=letters)
     for name, model, tokenizer in (
         ("gpt2", actor.model, actor.tokenizer),
         ("cut", actor.model, actor.tokenizer),
-        ("no_newline", transformers.GPT2LMHeadModel(gpt2), words),
+        ("no_newline", transformers.GPT2LMHeadModel(gpt2), letters),
         ("too_few", transformers.GPT2LMHeadModel(gpt2), actor.tokenizer),
     ):
         model.save_pretrained(folder / name)
@@ -2628,9 +2628,9 @@ def stock(tmp_path_factory):
         (folder / name).write_text(text)
     saved = torch.load(folder / "run/checkpoint.pt", weights_only=True)
     for name, state in (
-        ("truncated", saved),
+        ("torn", saved),
         ("plain", torch.zeros(3)),
-        ("partless", {"learner": saved["learner"]}),
+        ("bare", {"learner": saved["learner"]}),
         ("early", {"config": saved["config"] | {"temperature": 1.0}}),
         ("elsewhere", saved | {"config": saved["config"] | {"env": "chess"}}),
         ("unknown", saved | {"config": saved["config"] | {"temperature": 1.0}}),
@@ -2638,7 +2638,7 @@ def stock(tmp_path_factory):
     ):
         (folder / name).mkdir()
         torch.save(state, folder / name / "checkpoint.pt")
-    os.truncate(folder / "truncated/checkpoint.pt", 100_000)
+    os.truncate(folder / "torn/checkpoint.pt", 100_000)
     return folder
 
 
@@ -2697,7 +2697,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor no/folder | --actor nobodys-gpt2 | --actor numbers": "cannot use --actor '{}'",
     "--actor cut | --actor roberta | --actor too_few | --actor mute": "cannot use --actor '{}'",
     "--actor no_newline": "on 'cpu': its tokenizer drops a final newline",
-    "--critic no/folder | --critic too_few": "cannot use --critic '{}'",
+    "--critic no/folder | --critic too_few | --critic no_newline": "cannot use --critic '{}'",
     "--utterance-tokens 300 | --state-tokens 1": "no room for a state: change --state-tokens",
     "--utterance-tokens 1": "the actor cannot say as a line of at most 1 tokens (longest: 5; ",
     # games
@@ -2722,7 +2722,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     # going on
     "--resume run --gamma 0.97 | --resume run --preset paper": "--resume takes no option but",
     "--resume nowhere | --resume prose | --resume gpt2": "cannot go on from {}: it has no checkp",
-    "--resume truncated | --resume plain | --resume partless | --resume unknown": "cannot go on",
+    "--resume torn | --resume plain | --resume bare | --resume unknown | --resume=": "cannot go on",
     "--resume early": "cannot go on from early: it is of an earlier version",
     "--resume elsewhere": "cannot go on from {}: use the script that adds chess to GAMES",
     "--resume edited": "the checkpoint in {} belongs to another run",
