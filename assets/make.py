@@ -622,7 +622,7 @@ OFFLINE = {  # learned from the 2,000 demonstrations alone
 # Actors of three sizes on twenty_questions_full. For each, rates and initial weights were tried.
 SIZES_TRIED = {
     f"{layers} x {width}": [
-        {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate, "episodes": 32}
+        {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate, "episodes": 64}
         for spread, warm, rate in tried
     ]
     for (layers, width), tried in {
