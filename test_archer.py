@@ -2266,8 +2266,7 @@ def test_another_module_may_be_called_envs_and_names_any_script(quick):
     Path("envs.py").write_text("GAMES_OF_MINE = 7")
     subprocess.run(command, check=True)
     Path("envs.py").write_text("import nowhere")
-    shown = subprocess.run(command, capture_output=True)
-    assert b"No module named 'nowhere'" in shown.stderr
+    assert b"No module named 'nowhere'" in subprocess.run(command, capture_output=True).stderr
     script = [str(HERE / "archer.py"), *QUICK.split(), "--iterations", "0", "--out", "猫"]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
     shown = subprocess.run([sys.executable, "-O", *script], capture_output=True, env=environment)
@@ -2371,8 +2370,7 @@ def test_help_shows_every_setting_and_every_setting_is_read(capsys):
     with pytest.raises(SystemExit):
         archer.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    source = Path(archer.__file__).read_text()
-    source = re.sub('""".*?"""', "", source, flags=re.S)
+    source = re.sub('""".*?"""', "", Path(archer.__file__).read_text(), flags=re.S)
     for field in dataclasses.fields(Config):
         assert f"--{field.name}" in shown and field.metadata["help"] in shown
         assert re.search(rf"\bc\.{field.name}\b", source), f"{field.name} is never read"
@@ -2383,7 +2381,7 @@ PAPER = [(128, 10, 0.95), (128, 20, 0.95), (128, 10, 0.95), (128, 10, 0.98), (51
 
 @pytest.mark.parametrize("name, values", list(zip(GAMES, PAPER, strict=True)))
 def test_a_games_settings_the_preset_and_options_overrule_each_other(name, values, monkeypatch):
-    """In this order. The preset has the paper's values."""
+    """In this order. The preset has the paper's values; the results are of the game's settings."""
     game = GAMES[name]
     given = []
     monkeypatch.setattr(game, "settings", game.settings | {"gamma": 0.5})
@@ -2392,6 +2390,8 @@ def test_a_games_settings_the_preset_and_options_overrule_each_other(name, value
         archer.main(["--env", name, *options.split()])
     usual, c, overruled, pretrained = given
     assert usual == dataclasses.replace(Config(env=name), **game.settings)
+    for row in lines_of(HERE / "assets", "results.jsonl"):
+        assert row["game"] != name or row["episodes"] == usual.iterations * usual.episodes
     assert c == dataclasses.replace(usual, **game.paper)
     assert overruled == dataclasses.replace(c, critic_steps=7)
     assert pretrained == dataclasses.replace(usual, **game.pretrained)

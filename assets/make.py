@@ -214,7 +214,7 @@ def results(draw=False, file=HERE / "results.jsonl"):
     runs = [(game, seed) for game, seeds in SEEDS.items() for seed in seeds]
     missing = [run for run in runs if "return" not in rows.get(run, {})]
     if missing and not draw:
-        minutes = {"detective": 1.5}
+        minutes = {"detective": 1.5, "guess_my_city": 12}
         total = sum(minutes.get(game, 7) for game, _ in missing) / os.cpu_count()
         print(f"{file.name} lacks {len(missing)} of {len(runs)} runs: about {total:.0f} minutes")
         with multiprocessing.get_context("spawn").Pool() as pool:
