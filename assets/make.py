@@ -11,6 +11,7 @@ python assets/make.py notebook --check   executes it, stores nothing
 python assets/make.py study              study.csv, its pictures and tables: eight hours
 python assets/make.py study NAMES        only these games, or ablations, offline, sizes
 python assets/make.py study NAMES --draw the same from what has been played
+python assets/make.py ranking            ranking.csv and its table; forty minutes
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
@@ -19,9 +20,10 @@ python assets/make.py adventure          the same from what has been played
 python assets/make.py length             length.csv, length.png and its tables; three hours
 python assets/make.py length --draw      the same from what has been played
 
-`results`, `signs`, `study`, `price`, `adventure` and `length` add what their files lack, and say
-how long it will take. Do not edit archer.py meanwhile: new processes read it. To play everything
-again, delete the file first. `notebook` needs nbclient and ipykernel, `adventure FILE` jericho.
+`results`, `signs`, `study`, `ranking`, `price`, `adventure` and `length` add what their files lack,
+and say how long it will take. Do not edit archer.py meanwhile: new processes read it. To play
+everything again, delete the file first. `notebook` needs nbclient and ipykernel, `adventure FILE`
+jericho.
 """
 
 import argparse
@@ -1792,6 +1794,139 @@ def price(file=HERE / "price.csv"):
 
 
 # ==================================================================================================
+# ranking: does the critic tell the actor's utterances apart?
+# ==================================================================================================
+
+# ArCHer as in the study: episodes per iteration, of 2,560.
+RANKED = {"twenty_questions": 16, "twenty_questions_full": 64}
+# On the larger game also, with the actor held still: changes of the encoder, and of the settings.
+CRITICS = {
+    "two layers": ({"num_hidden_layers": 2}, {}),
+    "width 128": ({"hidden_size": 128, "intermediate_size": 512}, {}),
+    "three times the steps": ({}, {"critic_steps": 150}),
+    "all turns kept": ({}, {"capacity": 100_000}),
+}
+
+
+class Judged:
+    """Games at random turns of the actor's play, its next utterances, and their true values.
+
+    The true Q and V are means of discounted returns: `continuations` for each, in which the hidden
+    thing is drawn anew from those that are still possible. They have noise: `ceiling` is about what
+    a perfect critic's A would have as its correlation with theirs.
+    """
+
+    def __init__(self, actor, c, n=120, continuations=48):
+        rng = random.Random(f"judged {c.seed}")
+        games = []
+        playing = [GAMES[c.env]() for _ in range(n)]
+        for game in playing:
+            game.reset(seed=rng.randrange(2**31))
+        while playing:
+            games += copy.deepcopy(playing)
+            utterances, _ = actor.act([game.observe() for game in playing])
+            pairs = zip(playing, utterances, strict=True)
+            playing = [game for game, a in pairs if not any(game.step(a)[2:4])]
+        games = rng.sample(games, n)
+        self.s = [game.observe() for game in games]
+        self.a, _ = actor.act(self.s)
+
+        copies = []
+        for game in games:
+            for _ in range(continuations):
+                copies.append(copy.deepcopy(game))
+                copies[-1].hidden = rng.choice(game.belief)
+        first = [a for a in self.a for _ in range(continuations)]
+        q = torch.tensor(returns(actor, copy.deepcopy(copies), c.gamma, first))
+        fresh, _ = actor.act([game.observe() for game in copies])
+        v = torch.tensor(returns(actor, copies, c.gamma, fresh))
+        q, v = q.view(n, -1), v.view(n, -1)
+        self.q, self.v = q.mean(1), v.mean(1)
+        noise = ((q.var(1) + v.var(1)) / continuations).mean()  # the variance of the true A
+        self.ceiling = (1 - noise / (self.q - self.v).var()).clamp(min=0).sqrt().item()
+
+    @torch.no_grad()
+    def correlations(self, critic):
+        """Of the critic's Q, V and A with the true ones, over all states."""
+        q, v = critic(self.s, self.a)
+        pairs = (q.mean(0), self.q), (v.mean(0), self.v), (archer.advantage(q, v), self.q - self.v)
+        return [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs]
+
+
+def returns(actor, games, gamma, utterances):
+    """The discounted return of each game from where it stands, after these utterances."""
+    total = [0.0] * len(games)
+    live = range(len(games))
+    for turn in itertools.count():
+        running = []
+        for i, a in zip(live, utterances, strict=True):
+            _, r, terminated, truncated, _ = games[i].step(a)
+            total[i] += gamma**turn * r
+            if not (terminated or truncated):
+                running.append(i)
+        live = running
+        if not live:
+            return total
+        utterances, _ = actor.act([games[i].observe() for i in live])
+
+
+def ranking_run(run):
+    """Lines of ranking.csv."""
+    torch.set_num_threads(1)
+    game, seed = run
+    c = Config(game, seed, **GAMES[game].settings | {"episodes": RANKED[game]})
+    c, actor, usual, demonstrations = archer.prepare(c)
+    archer.warm_start(actor, demonstrations, c)
+    held = {"actor_steps": 0}
+    lines = []
+
+    def judge(learner, judged, critic, when):
+        numbers = (*judged.correlations(learner.critic), judged.ceiling)
+        lines.append((game, seed, critic, when, *(f"{x:.3f}" for x in numbers)))
+
+    def iterate(learner, n, settings):
+        learner.c = dataclasses.replace(c, **settings)
+        for _ in range(n):
+            learner.iterate()
+
+    judged = Judged(actor, c)
+    others = CRITICS if game == "twenty_questions_full" else {}
+    for name, (encoder, settings) in {"usual": ({}, {}), **others}.items():
+        torch.manual_seed(seed)
+        config = usual.encoder.config.to_dict() | encoder
+        model = transformers.RobertaModel(transformers.RobertaConfig(**config))
+        critic = archer.DoubleCritic(model, usual.tokenizer)
+        own = dataclasses.replace(c, **settings)
+        learner = ArCHer(GAMES[game], copy.deepcopy(actor), critic, demonstrations, own)
+        iterate(learner, c.warmup_iterations, held | settings)
+        judge(learner, judged, name, "after the warm-up")
+        still = copy.deepcopy(learner)
+        iterate(still, 20, held | settings)
+        judge(still, judged, name, "20 iterations later, actor held still")
+        if name == "usual":
+            trained = learner
+    iterate(trained, STUDY_EPISODES // c.episodes - c.warmup_iterations, {})
+    judged = Judged(trained.actor, c)
+    judge(trained, judged, "usual", "after 2,560 episodes")
+    iterate(trained, 20, held)
+    judge(trained, judged, "usual", "2,560 episodes, then 20 iterations, actor held still")
+    return lines
+
+
+def ranking(file=HERE / "ranking.csv"):
+    """Measures what is missing, and prints a table: in a cell, median and range of three seeds."""
+    header = "game,seed,critic,when,q,v,advantage,ceiling"
+    runs = [(game, seed) for seed in range(3) for game in RANKED]
+    complete(file, header, runs, lambda run: run, ranking_run, 12)
+    numbers = collections.defaultdict(list)
+    for row in read_rows(file):
+        key = (f"`{row['game']}`", row["critic"], row["when"])
+        numbers[key].append([float(row[x]) for x in ("q", "v", "advantage", "ceiling")])
+    rows = [[*key, *(spread(x, 2) for x in zip(*n, strict=True))] for key, n in numbers.items()]
+    print(markdown(["game", "critic", "when", "Q", "V", "A", "a perfect A's"], rows))
+
+
+# ==================================================================================================
 # speed
 # ==================================================================================================
 
@@ -2067,13 +2202,14 @@ def main():
     comparison.add_argument("--draw", action="store_true")
     commands.add_parser("adventure").add_argument("path", nargs="?")
     commands.add_parser("length").add_argument("--draw", action="store_true")
+    commands.add_parser("ranking")
     commands.add_parser("price")
     commands.add_parser("speed")
     commands.add_parser("released").add_argument("folder")
     options = vars(parser.parse_args())
     functions = {"results": results, "pretrained": pretrained, "repeats": repeats}
     functions |= {"notebook": notebook, "signs": signs, "study": study}
-    functions |= {"price": price, "speed": speed}
+    functions |= {"ranking": ranking, "price": price, "speed": speed}
     functions |= {"adventure": adventure, "length": length, "released": released}
     functions[options.pop("command")](**options)
 
