@@ -77,7 +77,7 @@ class Config:
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
-    warmup_iterations: int = setting(10, "of these, critic only; 0: actor follows untrained critic")
+    warmup_iterations: int = setting(10, "first ones, critic only; 0: actor follows a new critic")
     episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
     state_tokens: int = setting(1024, "per state, the last ones; small: forgetful, large: slow")
@@ -103,7 +103,7 @@ class Config:
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
     offline: str = setting("", "learn from this file only (sets episodes, capacity); empty: play")
-    evaluation_episodes: int = setting(500, "fresh episodes per reported return; few: noisy")
+    evaluation_episodes: int = setting(500, "fresh episodes at start and end, each; few: noisy")
 
 
 # ==================================================================================================
@@ -158,9 +158,9 @@ class Actor(nn.Module):
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
     gap. Position ids skip the padding, so that a row does not depend on its batch mates
-    (`independent_of_batch` finds models that depend on them, such as Mamba). Never call `train()`:
-    with dropout, what is scored is not what was sampled. (For gradient checkpointing call it around
-    `log_probs` only, with all dropout rates 0.)
+    (`independent_of_batch` finds models that depend on them, such as Mamba). Do not call `train()`:
+    with dropout, what is scored is not what was sampled. Only gradient checkpointing needs it: then
+    with all dropout rates 0, and around `log_probs` alone.
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
@@ -178,7 +178,7 @@ class Actor(nn.Module):
         # The last tokens of a state. Cached: change neither the list nor, later, the tokenizer.
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
-        # Ids of the tokens that end an utterance (a buffer), and the model's name for its cache.
+        # Ids of the tokens that end an utterance, and the model's name for its cache.
         self.ends, self.cache_name = conventions(model, tokenizer)
 
     def forward(self, ids, mask, keep, cache=None):
@@ -277,7 +277,7 @@ class DoubleCritic(nn.Module):
         self.v_heads = nn.ModuleList([value_head(h, h), value_head(h, h)])
 
     def embed(self, texts):
-        """[n, h] of n texts. Distinct ones are encoded once, 64 of similar length: less padding."""
+        """[n, h] of n texts. Each distinct one is encoded once, in batches of similar length."""
         parts = split(sorted(dict.fromkeys(texts), key=len), 64)
         e = {text: x for part in parts for text, x in zip(part, self.pool(part), strict=True)}
         return torch.stack([e[text] for text in texts])
@@ -286,7 +286,8 @@ class DoubleCritic(nn.Module):
         """[n, h]: the mean over a text's tokens, special ones included. The released code takes
         the encoder's `pooler_output`."""
         sequences = [self.tokens_of(text or "\n") for text in texts]  # "" may have no tokens
-        ids, mask = pad(sequences, self.tokenizer.pad_token_id or 0, self.encoder.device, "right")
+        fill = self.tokenizer.pad_token_id or 0  # not any id: RoBERTa's positions skip this one
+        ids, mask = pad(sequences, fill, self.encoder.device, "right")
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
@@ -296,7 +297,7 @@ class DoubleCritic(nn.Module):
 
         s, a: lists of B texts, the utterances without their newline.
         """
-        e_s, e_a = self.embed([*s, *a]).split(len(s))
+        e_s, e_a = self.embed([*s, *a]).chunk(2)
         return self.q(e_s, e_a), self.v(e_s)
 
     def q(self, e_s, e_a):
@@ -438,12 +439,12 @@ class ArCHer:
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # Play, kept for `metrics`. The buffer's generator seeds the games. (Alg. 1, lines 4-7)
+        # Play (Alg. 1, lines 4-7). The games' seeds are from the buffer's generator.
         self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor does not change while the critic learns, so all utterances for Eq. 2 are drawn
-        # at once: in order of length, which saves padding. Then the examples are shuffled again.
+        # at once: in order of length, which saves padding. The shuffle then restores random order.
         transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         self.buffer.rng.shuffle(examples)
@@ -464,13 +465,13 @@ class ArCHer:
         return self.actor.act([t.s for t in transitions])[0]
 
     def critic_losses(self, transitions, utterances):
-        """J_Q and J_V: [2]. The critic descends on their sum.
+        """J_Q and J_V: [2]; `descend` minimises their sum.
 
         utterances: one for each transition, from `utterances_for_v`.
         """
         s, a, _, r, s2, done = zip(*transitions, strict=True)
         q, v = self.critic(s, a)
-        e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).split(len(s))
+        e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).chunk(3)
         next_v = self.target.v(e_s2)
         fresh_q = self.target.q(e_s, e_fresh)
         r = torch.tensor(r, device=q.device)
@@ -495,9 +496,11 @@ class ArCHer:
         """
         s = [t.s for t in self.buffer.sample(self.c.batch)]
         a, token_ids = self.actor.act(s)
-        return list(zip(s, token_ids, advantage(*self.critic(s, a)), strict=True))
+        A = advantage(*self.critic(s, a))
+        return list(zip(s, token_ids, A, strict=True))
 
     def loss_of_actor(self, s, token_ids, A):
+        """s, token_ids, A: a tuple each, of the examples of a batch, as `descend` passes them."""
         log_p, spoken = self.actor.log_probs(s, token_ids)
         return actor_loss(log_p, spoken, torch.stack(A))
 
@@ -817,6 +820,7 @@ def independent_of_batch(actor):
 
 def build(c, vocabulary):
     """Actor and critic on their device. vocabulary: for the tokenizer of tiny models."""
+    # `load` puts a named model in place of a tiny one.
     tokenizer = tiny_tokenizer(vocabulary)
     model, encoder = tiny_models(len(tokenizer))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1099,7 +1103,7 @@ def run(c, record=None):
     summary["greedy"] = mean_return(evaluate(random.Random(f"greedy {c.seed}"), greedy=True))
     if hasattr(game, "optimal_return"):
         summary["optimum"] = game.optimal_return()
-    summary |= {"episodes": c.iterations * c.episodes, "seconds": round(time.time() - began)}
+    summary |= {"episodes": learner.iteration * c.episodes, "seconds": round(time.time() - began)}
     write_json(folder / "summary.json", [summary])
     print("\n" + dialogue(episodes[0], actor, critic) + "\n")
     print("\n".join(f"{name:<10} {value}" for name, value in summary.items()))
@@ -1108,10 +1112,12 @@ def run(c, record=None):
 
 def main(arguments=None):
     """The command line: an option for each setting, and one line for each mistake."""
-    parser = transformers.HfArgumentParser(Config, prog="archer.py", description="ArCHer")
+    parser = transformers.HfArgumentParser(Config, prog="archer.py", usage="%(prog)s [options]")
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
     parser.add_argument("--resume", metavar="FOLDER", help="go on; may take --iterations")
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Without --help, which comes below, with the game's defaults.
+    options = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
     game = GAMES.get(options.env)
     folder = options.resume
     threads = torch.get_num_threads()

@@ -1485,8 +1485,7 @@ def test_bfloat16_is_for_two_named_models_on_a_gpu(stock, monkeypatch):
     for given in ({}, {"actor": names["actor"]}, names):
         for device in ("cpu", "cuda"):
             actor, critic = archer.build(Config(device=device, **given), vocabulary())
-            wanted = given == names and device == "cuda"
-            assert actor.autocast == critic.autocast == wanted
+            assert actor.autocast == critic.autocast == (given == names and device == "cuda")
 
 
 def test_bfloat16_stays_inside_the_models(models, monkeypatch):
@@ -2368,11 +2367,12 @@ def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(stock, quick
 
 def test_help_shows_every_setting_and_every_setting_is_read(capsys):
     with pytest.raises(SystemExit):
-        archer.main(["--help"])
+        archer.main(["--help", "--env", "web_shop"])
     shown = " ".join(capsys.readouterr().out.split())
+    c = Config(**GAMES["web_shop"].settings)
     source = re.sub('""".*?"""', "", Path(archer.__file__).read_text(), flags=re.S)
     for field in dataclasses.fields(Config):
-        assert f"--{field.name}" in shown and field.metadata["help"] in shown
+        assert f"{field.metadata['help']} (default: {getattr(c, field.name)})" in shown
         assert re.search(rf"\bc\.{field.name}\b", source), f"{field.name} is never read"
 
 
