@@ -1060,7 +1060,8 @@ def run(c, record=None):
     """A whole run: warm start, Algorithm 1, evaluation. Returns its summary.
 
     record: the content of a checkpoint to go on from; without one, the run is new. In the summary,
-    the seconds are those since the start or the last `--resume`.
+    the seconds are those since the start or the last `--resume`, and the optimum is the game's
+    `optimal_return`: in twenty_questions_full, an upper bound.
     """
     began = time.time()
     c, actor, critic, demonstrations = prepare(c, record["vocabulary"] if record else None)

@@ -51,8 +51,7 @@ class TextGame:
         "tau": 0.1,
         "clip": 1.0,
         "utterance_tokens": 32,
-        # our choice: neither source gives a value, nor one for `iterations` and `warm_start_steps`,
-        # which stay those of the tiny models
+        # our choice, like `iterations` and `warm_start_steps`, which stay those of the tiny models
         "warm_start_lr": 1e-4,
     }
     # What `--preset pretrained` changes: a language model of GPT-2's size and an encoder, on a CPU.
