@@ -1803,7 +1803,6 @@ RANKED = {"twenty_questions": 16, "twenty_questions_full": 64}
 CRITICS = {
     "two layers": ({"num_hidden_layers": 2}, {}),
     "width 128": ({"hidden_size": 128, "intermediate_size": 512}, {}),
-    "three times the steps": ({}, {"critic_steps": 150}),
     "all turns kept": ({}, {"capacity": 100_000}),
 }
 
