@@ -136,7 +136,8 @@ class ReplayBuffer:
 def pad(sequences, fill, device, side):
     """Lists of token ids -> ids and attention mask, [B, T] each, on the device.
 
-    fill: the id at padding. side: "left" or "right". No sequence may be empty.
+    fill: the id at padding; any will do, as it is masked. side: "left" or "right". No sequence may
+    be empty.
     """
     rows = [torch.tensor(ids) for ids in sequences]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
@@ -286,8 +287,7 @@ class DoubleCritic(nn.Module):
         """[n, h]: the mean over a text's tokens, special ones included. The released code takes
         the encoder's `pooler_output`."""
         sequences = [self.tokens_of(text or "\n") for text in texts]  # "" may have no tokens
-        fill = self.tokenizer.pad_token_id or 0  # not any id: RoBERTa's positions skip this one
-        ids, mask = pad(sequences, fill, self.encoder.device, "right")
+        ids, mask = pad(sequences, 0, self.encoder.device, "right")
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
