@@ -1842,7 +1842,7 @@ class Judged:
         v = torch.tensor(returns(actor, copies, c.gamma, fresh))
         q, v = q.view(n, -1), v.view(n, -1)
         self.q, self.v = q.mean(1), v.mean(1)
-        noise = ((q.var(1) + v.var(1)) / continuations).mean()  # the variance of the true A
+        noise = ((q.var(1) + v.var(1)) / continuations).mean()  # squared, in the true A
         self.ceiling = (1 - noise / (self.q - self.v).var()).clamp(min=0).sqrt().item()
 
     @torch.no_grad()
