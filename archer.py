@@ -80,7 +80,7 @@ class Config:
     warmup_iterations: int = setting(10, "first ones, critic only; 0: actor follows a new critic")
     episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
-    state_tokens: int = setting(1024, "per state, the last ones; small: forgetful, large: slow")
+    state_tokens: int = setting(1024, "per state, the last ones; small: forgetful or refused")
     capacity: int = setting(10_000, "transitions kept; small: nearly on-policy, large: old data")
 
     critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
@@ -133,16 +133,15 @@ class ReplayBuffer:
         return self.rng.choices(self.transitions, k=n)
 
 
-def pad(sequences, fill, device, side):
+def pad(sequences, device, side):
     """Lists of token ids -> ids and attention mask, [B, T] each, on the device.
 
-    fill: the id at padding; any will do, as it is masked. side: "left" or "right". No sequence may
-    be empty.
+    side: "left" or "right". No sequence may be empty.
     """
     rows = [torch.tensor(ids) for ids in sequences]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
-    mask = (ids >= 0).long()  # not `ids != fill`: a real end token may have that id
-    return ids.masked_fill(mask == 0, fill).to(device), mask.to(device)
+    mask = (ids >= 0).long()
+    return ids.clamp(min=0).to(device), mask.to(device)  # padding gets the id 0; it is masked
 
 
 def split(items, size):
@@ -209,7 +208,7 @@ class Actor(nn.Module):
         """The token ids of one utterance at each state, all in one batch."""
         index = {s: i for i, s in enumerate(dict.fromkeys(states))}  # a row per distinct state
         # An empty state becomes a newline: the utterance must have something before it.
-        ids, mask = pad([self.tokens_of(s or "\n") for s in index], 0, self.model.device, "left")
+        ids, mask = pad([self.tokens_of(s or "\n") for s in index], self.model.device, "left")
         logits, cache = self(ids, mask, keep=1)
         row_of = torch.tensor([index[s] for s in states], device=ids.device)
         cache.reorder_cache(row_of)  # repeats rows: from here on one per state
@@ -236,8 +235,8 @@ class Actor(nn.Module):
         Utterances stand at the right edge. spoken is 1 at their tokens, 0 to the left of these.
         """
         rows = [self.tokens_of(s or "\n") + ids for s, ids in zip(states, token_ids, strict=True)]
-        _, spoken = pad(token_ids, 0, self.model.device, "left")
-        return *pad(rows, 0, self.model.device, "left"), spoken
+        _, spoken = pad(token_ids, self.model.device, "left")
+        return *pad(rows, self.model.device, "left"), spoken
 
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
@@ -287,7 +286,7 @@ class DoubleCritic(nn.Module):
         """[n, h]: the mean over a text's tokens, special ones included. The released code takes
         the encoder's `pooler_output`."""
         sequences = [self.tokens_of(text or "\n") for text in texts]  # "" may have no tokens
-        ids, mask = pad(sequences, 0, self.encoder.device, "right")
+        ids, mask = pad(sequences, self.encoder.device, "right")
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
         return (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
@@ -548,7 +547,7 @@ def expectile_loss(v, q, expectile):
     """V learns an expectile of Q over logged utterances; near 1, almost the best Q (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
-    We know Eq. 6 at second hand, with V - Q, which would give a low expectile.
+    Our source of Eq. 6 quotes it with V - Q, which would give a low expectile.
     Returns a mean over B, summed over the two heads.
     """
     u = q.detach() - v
@@ -597,7 +596,7 @@ class TokenBaseline(nn.Module):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.model(**x, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         L = spoken.shape[1]
-        hidden = out.hidden_states[-1][:, -L - 1 : -1].float()  # at i-1, for i
+        hidden = out.hidden_states[-1][:, -L - 1 : -1].float()  # the state at i-1 is for token i
         return self.head(hidden).squeeze(2), spoken
 
 
@@ -810,8 +809,8 @@ def independent_of_batch(actor):
     Compares a short text alone and, after one cached step, beside a longer one, to 1e-3.
     """
     short, long = actor.tokens_of("Hello.\n"), actor.tokens_of("Somewhat longer.\n")
-    alone, _ = actor(*pad([short], 0, actor.model.device, "left"), keep=1)
-    ids, mask = pad([long, short], 0, actor.model.device, "left")
+    alone, _ = actor(*pad([short], actor.model.device, "left"), keep=1)
+    ids, mask = pad([long, short], actor.model.device, "left")
     _, cache = actor(ids[:, :-1], mask[:, :-1], keep=1)
     cache.reorder_cache(torch.tensor([1], device=ids.device))
     cached, _ = actor(ids[1:, -1:], mask[1:], keep=1, cache=cache)
@@ -1025,8 +1024,8 @@ def prepare(c, vocabulary=None):
     if c.offline and not vocabulary:  # no play, and all of the file in the buffer
         c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, episodes)))
     # A tiny actor gets its vocabulary from the episodes; a named one can begin with play.
-    begun = vocabulary or any(episodes) or (c.actor and c.episodes)
-    require(begun, "nothing to begin with: it needs demonstrations, or an --actor that plays")
+    can_begin = vocabulary or any(episodes) or (c.actor and c.episodes)
+    require(can_begin, "nothing to begin with: it needs demonstrations, or an --actor that plays")
     texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
     actor, critic = build(c, vocabulary or learn_vocabulary(texts))
     for reader in (actor, critic):
@@ -1072,7 +1071,8 @@ def run(c, record=None):
     if not record:
         with explained(f"cannot begin in {folder}"):
             folder.mkdir(parents=True, exist_ok=bool(c.out))
-            kept = [x for x in folder.iterdir() if x.suffix != ".part"]  # of a stopped write
+            # What a stopped write has left behind does not count.
+            kept = [x for x in folder.iterdir() if x.suffix != ".part"]
             require(not kept, "it is not empty: --resume it, or another --out")
         print(f"writing into {folder}/; to go on after a stop: --resume {folder}")
         if demonstrations:
@@ -1125,14 +1125,14 @@ def main(arguments=None):
     record = None
     try:
         if folder is not None:
-            unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # keeps defaults out
+            unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # no defaults
             parsed = vars(parser.parse_args(arguments, unset))
             given = {name: value for name, value in parsed.items() if value is not None}
             del given["resume"]
             require(given.keys() <= {"iterations"}, "--resume takes no option but --iterations")
             with explained(f"cannot go on from {folder}"):
-                begun = Path(folder, "checkpoint.pt").exists()
-                require(begun, "it has no checkpoint: begin again, without --resume")
+                has_checkpoint = Path(folder, "checkpoint.pt").exists()
+                require(has_checkpoint, "it has no checkpoint: begin again, without --resume")
                 record = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
                 require("vocabulary" in record, "it is of an earlier version of archer.py")
                 c = Config(**(record["config"] | given | {"out": folder}))

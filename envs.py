@@ -7,7 +7,8 @@ They follow the Gymnasium calling convention without depending on Gymnasium:
     observation, reward, terminated, truncated, info = game.step("go north")
 
 Your own game, a class in `GAMES`, needs only these two methods: no base class, no constructor
-arguments. Without `demonstrations` it also needs an --actor. Observations end with a newline.
+arguments. Without `demonstrations` it also needs an --actor, or --offline. Observations end with a
+newline.
 
 The games below share `TextGame`: in each of them one hidden thing is drawn uniformly, and
 everything else follows fixed rules. Dynamic programming therefore solves them exactly, except
@@ -29,12 +30,12 @@ class TextGame:
 
     hidden_things: tuple  # everything that may be hidden; `reset` draws one uniformly
     public = False  # True: the hidden thing is a goal, which every observation shows
-    utterances: tuple  # in lower case; what players choose from: optimal, random, demonstrating
+    utterances: tuple  # in lower case; all our players choose from them
     start = ()  # the position at the start; positions are hashable and known to the player
     limit: int  # maximum number of turns in an episode
     limit_is_part_of_task: bool  # True: the limit terminates; False: it truncates; see `step`
     skill = 0.5  # the best demonstrator's chance per turn to say `best_utterance`
-    settings = {}  # changes to archer.py's defaults for this game, made by the command line
+    settings = {}  # changes to archer.py's defaults for this game; the command line makes them
     paper = {  # what `--preset paper` changes in `settings`; every game adds values of its own
         # the paper's models
         "actor": "gpt2",
@@ -366,7 +367,7 @@ class TwentyQuestionsFull(TwentyQuestions):
     }
     utterances = (*facts, *guesses)
     skill = 0.9
-    # Twelve times as many utterances to learn. With 2e-3 an actor forgot some later in training.
+    # Twelve times as many utterances to learn. With a warm start at 2e-3 an actor forgot some.
     settings = {"iterations": 100, "warm_start_steps": 2400, "warm_start_lr": 4e-3}
     settings |= {"episodes": 128}  # with 64, seed 100 closed only .4 of the gap
     paper = TwentyQuestions.paper | {"warmup_iterations": 20}

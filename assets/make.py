@@ -17,6 +17,7 @@ python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
 python assets/make.py adventure FILE     adventure.csv, adventure.png, tables; FILE: detective.z5
 python assets/make.py adventure          the same from what has been played
+python assets/make.py frontier FILE      replays one of its seeds, prints a table; 20 minutes
 python assets/make.py length             length.csv, length.png and its tables; three hours
 python assets/make.py length --draw      the same from what has been played
 
@@ -628,9 +629,30 @@ SIZES_TRIED = {
         for spread, warm, rate in tried
     ]
     for (layers, width), tried in {
-        (1, 32): ((0.3, 4e-3, 3e-4), (0.2, 4e-3, 3e-4), (0.3, 8e-3, 6e-4), (0.2, 8e-3, 1e-3)),
-        (2, 64): ((0.2, 4e-3, 3e-4), (0.2, 2e-3, 3e-4), (0.2, 4e-3, 6e-4), (0.1, 4e-3, 3e-4)),
-        (4, 128): ((0.1, 2e-3, 3e-4), (0.1, 1e-3, 1e-4), (0.05, 2e-3, 2e-4), (0.1, 2e-3, 1e-4)),
+        (1, 32): (
+            (0.3, 4e-3, 3e-4),
+            (0.2, 4e-3, 3e-4),
+            (0.3, 8e-3, 6e-4),
+            (0.2, 8e-3, 1e-3),
+            (0.2, 8e-3, 2e-3),
+            (0.2, 4e-3, 1e-3),
+        ),
+        (2, 64): (
+            (0.2, 4e-3, 3e-4),
+            (0.2, 2e-3, 3e-4),
+            (0.2, 4e-3, 6e-4),
+            (0.1, 4e-3, 3e-4),
+            (0.1, 2e-3, 1e-4),
+            (0.1, 2e-3, 5e-5),
+        ),
+        (4, 128): (
+            (0.1, 2e-3, 3e-4),
+            (0.1, 1e-3, 1e-4),
+            (0.05, 2e-3, 2e-4),
+            (0.1, 2e-3, 1e-4),
+            (0.1, 1e-3, 5e-5),
+            (0.1, 1e-3, 2.5e-5),
+        ),
     }.items()
 }
 
@@ -970,6 +992,8 @@ PARTS = {"ablations": plot_ablations, "offline": plot_offline, "sizes": plot_siz
 # others, from both kinds of demonstrations. Methods of the same batch have the same warm start;
 # ArCHer's batch of 64, in the settings shown, halves the examples of its warm start.
 ADVENTURE = {"demonstrations": 400, "warm_start_steps": 700, "warmup_iterations": 8, "episodes": 16}
+SMALL_BATCH = {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline", "batch": 64}
+AWR = {"actor_loss": "awr", "awr_beta": 3.0, "actor_steps": 16}
 TRIED = {
     "ArCHer": [
         {"gamma": 0.99},
@@ -977,15 +1001,18 @@ TRIED = {
         {"gamma": 0.98, "critic_steps": 100, "actor_loss": "baseline"},
         {"gamma": 0.995, "critic_steps": 100, "actor_loss": "baseline"},
         {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline"},
-        {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline", "batch": 64},
-        {
-            "gamma": 0.985,
-            "critic_steps": 100,
-            "actor_loss": "baseline",
-            "batch": 64,
-            "episodes": 8,
-        },
+        SMALL_BATCH,
+        SMALL_BATCH | {"episodes": 8},
         {"gamma": 0.985, "critic_steps": 100, "batch": 64, "episodes": 8},
+        SMALL_BATCH | {"episodes": 4},
+        SMALL_BATCH | {"episodes": 8, "gamma": 0.99},
+        SMALL_BATCH | {"episodes": 4, "gamma": 0.99},
+        SMALL_BATCH | {"episodes": 4, "actor_loss": "ppo"},
+        SMALL_BATCH | {"episodes": 8, "actor_steps": 8},
+        SMALL_BATCH | {"episodes": 8, "actor_steps": 16},
+        SMALL_BATCH | {"episodes": 8, "actor_steps": 8, "critic_loss": "iql"},
+        SMALL_BATCH | {"episodes": 8} | AWR,
+        SMALL_BATCH | {"episodes": 8} | AWR | {"critic_loss": "iql"},
     ],
     "CHAI": [
         {"gamma": 0.97},
@@ -1053,8 +1080,11 @@ def warm_start_once(actor, demonstrations, c, file):
     torch.manual_seed(c.seed)
 
 
-def adventure_run(run):
-    """Lines for adventure.csv: of every iteration, and of fresh play in the end."""
+def adventure_run(run, watch=None):
+    """Lines for adventure.csv: of every iteration, and of fresh play in the end.
+
+    watch: called with the demonstrations, then with the episodes of each iteration.
+    """
     torch.set_num_threads(1)
     path, folder, kind, method, seed, settings = run
     game = tutorial().Adventure
@@ -1066,6 +1096,8 @@ def adventure_run(run):
     c, actor, critic, demonstrations = archer.prepare(Config("adventure", seed, **settings))
     warm_start_once(actor, demonstrations, c, Path(folder, f"{kind} {seed} {c.batch}"))
     rows = []
+    watch = watch or (lambda episodes: None)
+    watch(demonstrations)
 
     def add(measure, count, episodes):
         line = (kind, method, seed, words(run[-1]), measure, count)
@@ -1073,6 +1105,7 @@ def adventure_run(run):
 
     def report(_, episodes):
         add("play", len(episodes) * (1 + len(rows)), episodes)
+        watch(episodes)
 
     method_of(method)(GAMES["adventure"], actor, critic, demonstrations, c, report, **own)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
@@ -1168,6 +1201,35 @@ def play_adventure(path, file):
             for method, settings in best.items()
         ]
         complete(file, header, runs, key_of, adventure_run, 5)
+
+
+def frontier(path):
+    """What ArCHer says in the room before the first reward that no weak demonstration earns.
+
+    It replays seed 3, which ends near 200 points. path: of the game, detective.z5.
+    """
+    batches = []
+    settings = best_settings(read_adventure(HERE / "adventure.csv"))["ArCHer"]
+    with tempfile.TemporaryDirectory() as folder:
+        adventure_run((path, folder, "weak", "ArCHer", 3, settings), batches.append)
+    demonstrations, *played = batches
+    print(frontier_table(demonstrations, [e for episodes in played for e in episodes]))
+
+
+def frontier_table(demonstrations, played):
+    """A row for the demonstrations, and one for each of three parts of the 1,200 episodes."""
+    parts = {"demonstrations": demonstrations, "1 to 720": played[:720]}
+    parts |= {"721 to 960": played[720:960], "961 to 1,200": played[960:]}
+    rows = []
+    for name, episodes in parts.items():
+        there = [[t for t in e if t.s.startswith("Holiday Inn 15th Floor/")] for e in episodes]
+        turns = [t for visit in there for t in visit]
+        said = collections.Counter(t.a for t in turns).most_common(3)
+        often = ", ".join(f"`{a}` {count}" for a, count in said)
+        rewarded = sum(t.r > 0 for t in turns)
+        rows.append([name, sum(map(bool, there)), len(turns), often, rewarded])
+    header = ["episodes", "that get there", "turns there", "said most often", "rewarded"]
+    return markdown(header, rows)
 
 
 def read_adventure(file):
@@ -1679,7 +1741,7 @@ def plot_length(shown):
             x, y = [], []
             for place, knobs in enumerate(games):
                 if shown[knobs, method]:
-                    x.append(place + 0.07 * (k - 3.5))  # side by side
+                    x.append(place + 0.055 * (k - 3.5))  # side by side
                     episodes = arrivals(shown, knobs, method)
                     y.append(statistics.median(episodes))
                     arrived = sum(map(math.isfinite, episodes))
@@ -1695,6 +1757,7 @@ def plot_length(shown):
             name = method if method in LOOKS else f"ArCHer, {method}"
             upper.plot(x, y, label=name, **style)
         upper.set(yscale="log", ylim=(0.8, 2.2 * MOST_EPISODES), title=title)
+        upper.yaxis.set_major_formatter("{x:g}")
         lower.plot(range(len(games)), [warm_start_wins(shown, x) for x in games], "o-k")
         lower.set_xticks(range(len(games)), games.values())
         lower.set(xlabel=label, ylim=(0, 1))
@@ -2025,7 +2088,7 @@ def seconds_of_generate(actor, states):
     began = time.perf_counter()
     for part in archer.split(states, 128):
         tokens = [actor.tokens_of(s) for s in part]
-        ids, mask = archer.pad(tokens, 0, actor.model.device, "left")
+        ids, mask = archer.pad(tokens, actor.model.device, "left")
         actor.model.generate(input_ids=ids, attention_mask=mask, **options)
     return (time.perf_counter() - began) / len(states)
 
@@ -2202,6 +2265,7 @@ def main():
     comparison.add_argument("names", nargs="*", choices=[*FIVE, *PARTS, []], metavar="NAME")
     comparison.add_argument("--draw", action="store_true")
     commands.add_parser("adventure").add_argument("path", nargs="?")
+    commands.add_parser("frontier").add_argument("path")
     commands.add_parser("length").add_argument("--draw", action="store_true")
     commands.add_parser("ranking")
     commands.add_parser("price")
@@ -2211,7 +2275,8 @@ def main():
     functions = {"results": results, "pretrained": pretrained, "repeats": repeats}
     functions |= {"notebook": notebook, "signs": signs, "study": study}
     functions |= {"ranking": ranking, "price": price, "speed": speed}
-    functions |= {"adventure": adventure, "length": length, "released": released}
+    functions |= {"adventure": adventure, "frontier": frontier}
+    functions |= {"length": length, "released": released}
     functions[options.pop("command")](**options)
 
 
