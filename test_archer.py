@@ -1021,7 +1021,7 @@ ZOO = {
     "test_greedy_speech_is_the_same_alone_and_in_company": [
         # Right padding when speaking. Play is worse in batches than alone, the more the states
         # differ in length.
-        ('for s in index], 0, self.model.device, "left")', 'for s in index], 0, "cpu", "right")'),
+        ('for s in index], self.model.device, "left")', 'for s in index], "cpu", "right")'),
         # Every spoken token gets the first position. Play is far worse than the log-probabilities
         # promise.
         ("[:, -ids.shape[1] :]  # of ids", "[:, : ids.shape[1]]  # of ids"),
