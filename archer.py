@@ -1125,7 +1125,7 @@ def main(arguments=None):
     record = None
     try:
         if folder is not None:
-            unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # no defaults
+            unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # all None
             parsed = vars(parser.parse_args(arguments, unset))
             given = {name: value for name, value in parsed.items() if value is not None}
             del given["resume"]
