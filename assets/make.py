@@ -9,7 +9,7 @@ python assets/make.py signs              signs.csv and its tables; ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
 python assets/make.py study              study.csv, its pictures and tables: eight hours
-python assets/make.py study NAMES        only these games, or ablations, offline, sizes
+python assets/make.py study NAMES        only these games, or ablations, changes, offline, sizes
 python assets/make.py study NAMES --draw the same from what has been played
 python assets/make.py ranking            ranking.csv and its table; half an hour
 python assets/make.py price              price.csv and its table
@@ -490,6 +490,31 @@ def method_of(name):
     return own[name] if name in own else getattr(tutorial(), rivals[name])
 
 
+class WithCentredAdvantage(ArCHer):
+    """Every batch's mean advantage is subtracted."""
+
+    def actor_examples(self):
+        s, token_ids, A = zip(*super().actor_examples(), strict=True)
+        A = torch.stack(A)
+        return list(zip(s, token_ids, A - A.mean(), strict=True))
+
+
+class WithComparedUtterances(ArCHer):
+    """V is the mean of min Q of three other utterances at the same state."""
+
+    @torch.no_grad()
+    def actor_examples(self):
+        s = [t.s for t in self.buffer.sample(self.c.batch // 4) for _ in range(4)]
+        a, token_ids = self.actor.act(s)
+        q, _ = self.critic(s, a)
+        Q = q.min(0).values.view(-1, 4)
+        others = (Q.sum(1, keepdim=True) - Q) / 3
+        return list(zip(s, token_ids, (Q - others).flatten(), strict=True))
+
+
+archer.ACTOR_LOSSES |= {"centred": WithCentredAdvantage, "compared": WithComparedUtterances}
+
+
 class Measurements:
     """Rows of (episodes played, utterances said, seconds, mean return of fresh episodes).
 
@@ -615,6 +640,16 @@ ABLATIONS = {  # of ArCHer on the detective game
     "Monte-Carlo critic": {"method": "Monte-Carlo critic"},
     "empty buffer": {"method": "empty buffer"},
 }
+TWO_ADVANTAGES = {
+    "A centred in its batch": {"actor_loss": "centred"},
+    "A from four utterances": {"actor_loss": "compared"},
+}
+LONG_WARMUP = {"warm-up of 40": {"warmup_iterations": 40}}
+CHANGES = {  # of ArCHer, game by game
+    "detective": TWO_ADVANTAGES | LONG_WARMUP,
+    "twenty_questions_full": TWO_ADVANTAGES,
+    "web_shop": LONG_WARMUP,
+}
 OFFLINE = {  # learned from the 2,000 demonstrations alone
     "IQL + AWR": {"critic_loss": "iql", "actor_loss": "awr"},
     "SARSA + AWR": {"critic_loss": "iql", "expectile": 0.5, "actor_loss": "awr"},
@@ -681,7 +716,7 @@ def sizes_tried():
 
 
 def rest_shown(names, runs):
-    """Ablations, offline learning, sizes of the actor: those of them that are named."""
+    """Ablations, changes, offline learning, sizes of the actor: those of them that are named."""
     shown = []
     if "ablations" in names:
         usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
@@ -689,6 +724,11 @@ def rest_shown(names, runs):
             shown.append(("games", "detective", "ArCHer", seed, usual))
             for name, settings in ABLATIONS.items():
                 shown.append(("ablations", "detective", name, seed, usual | settings))
+    if "changes" in names:
+        for seed, game in itertools.product(range(5), CHANGES):
+            usual = best_of(runs, "tried", game, "ArCHer", STUDY_TRIED)
+            for name, settings in CHANGES[game].items():
+                shown.append(("changes", game, name, seed, usual | settings))
     if "offline" in names:
         for seed, (name, settings) in itertools.product(range(5), OFFLINE.items()):
             shown.append(("offline", "twenty_questions", name, seed, settings))
@@ -746,7 +786,7 @@ def study(names, draw=False, file=HERE / "study.csv"):
     methods have all games of the file.
     draw: only shows what has been played.
     """
-    names = names or [*FIVE, *PARTS]
+    names = names or PARTS_OF_STUDY
     header = "part,game,name,seed,settings,episodes,utterances,seconds,return"
     wanted = {}
 
@@ -776,8 +816,10 @@ def study(names, draw=False, file=HERE / "study.csv"):
             shown[name].append(played[key])
     if "ablations" in names and ("games", "detective", "ArCHer") in shown:
         shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
-    print(tried_in_study(played) + "\n\n" + methods_table(shown))
+    print(tried_in_study(played) + "\n\n" + methods_table(shown, "games"))
     plot_methods(shown)
+    if "changes" in names:
+        print("\n" + methods_table(shown, "changes"))
     for part, plot in PARTS.items():
         if part in names:
             print("\n" + end_table(shown, part))
@@ -852,11 +894,11 @@ def tried_in_study(runs):
     return markdown([*header, "gap closed, last fifth", "seconds"], sorted(rows))
 
 
-def methods_table(shown):
-    """A row a game and method."""
+def methods_table(shown, wanted):
+    """A row a game and method. wanted: the part of the study."""
     rows = []
     for (part, game, name), runs in shown.items():
-        if part == "games":
+        if part == wanted:
             row = [f"`{game}`", name, len(runs), spread([end_of(run) for run in runs], 2)]
             arrived = sum(math.isfinite(first(run, 0.8)) for run in runs)
             for share, column in ((0.5, 0), (0.8, 0), (0.8, 2)):
@@ -981,6 +1023,7 @@ def plot_sizes(shown):
 
 
 PARTS = {"ablations": plot_ablations, "offline": plot_offline, "sizes": plot_sizes}
+PARTS_OF_STUDY = [*FIVE, *PARTS, "changes"]
 
 
 # ==================================================================================================
@@ -2263,7 +2306,7 @@ def main():
     commands.add_parser("notebook").add_argument("--check", action="store_true")
     comparison = commands.add_parser("study")
     # Without names, argparse checks the empty list, too.
-    comparison.add_argument("names", nargs="*", choices=[*FIVE, *PARTS, []], metavar="NAME")
+    comparison.add_argument("names", nargs="*", choices=[*PARTS_OF_STUDY, []], metavar="NAME")
     comparison.add_argument("--draw", action="store_true")
     commands.add_parser("adventure").add_argument("path", nargs="?")
     commands.add_parser("frontier").add_argument("path")
