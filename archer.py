@@ -85,7 +85,7 @@ class Config:
 
     critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
     critic_lr: float = setting(1e-3, "large: Q diverges, small: slow; pretrained: 1e-4")
-    gamma: float = setting(0.97, "discount per turn; 0: the next reward only, 1: no hurry")
+    gamma: float = setting(0.97, "discount per turn; 0: the immediate reward only, 1: no hurry")
     tau: float = setting(0.2, "soft update; 1: no target network, 0: a frozen one")
 
     actor_steps: int = setting(4, "per iteration; 0: critic only, many: outruns the critic")
@@ -375,7 +375,7 @@ def descend(loss_of, examples, optimizer, c):
     # The norm is of this optimizer's network alone: actor and critic are clipped separately.
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.clip)
     if not norm.isfinite():
-        raise FloatingPointError("a gradient is not finite: look at rewards and learning rates")
+        raise FloatingPointError("a gradient is not finite: begin anew with lower rates or rewards")
     optimizer.step()
     return total
 
@@ -423,7 +423,7 @@ class ArCHer:
     stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
 
     def __init__(self, game, actor, critic, demonstrations, c):
-        """game: as for `rollout`. demonstrations: episodes as it returns them. c: a Config."""
+        """game, demonstrations: a class and episodes, as in `rollout`. c: a Config."""
         self.game = game
         self.actor = actor
         self.critic = critic
@@ -443,7 +443,7 @@ class ArCHer:
         self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor does not change while the critic learns, so all utterances for Eq. 2 are drawn
-        # at once: in order of length, which saves padding. The shuffle then restores random order.
+        # at once, sorted by length to save padding, and then shuffled.
         transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         self.buffer.rng.shuffle(examples)
@@ -674,7 +674,7 @@ def variant(c):
     learner = ACTOR_LOSSES[c.actor_loss]
 
     class Mixed(WithIQL, learner):
-        """The critic of the first, the actor of the second."""
+        """The critic of WithIQL, the actor of the variant."""
 
     return Mixed if c.critic_loss == "iql" else learner
 
@@ -1084,7 +1084,7 @@ def run(c, record=None):
     record["config"] = dataclasses.asdict(c)
     learner = variant(c)(game, actor, critic, demonstrations, c)
     if "learner" in record:
-        with explained(f"the checkpoint in {folder} belongs to another run"):
+        with explained(f"cannot load the checkpoint in {folder} (is it of another run?)"):
             learner.load_state_dict(record.pop("learner"))
     bar = tqdm(range(learner.iteration, c.iterations), "ArCHer")
     for i in bar:

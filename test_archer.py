@@ -2725,7 +2725,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--resume torn | --resume plain | --resume bare | --resume unknown | --resume=": "cannot go on",
     "--resume early": "cannot go on from early: it is of an earlier version",
     "--resume elsewhere": "cannot go on from {}: use the script that adds chess to GAMES",
-    "--resume edited": "the checkpoint in {} belongs to another run",
+    "--resume edited": "cannot load the checkpoint in {} (is it of another run?)",
 }
 NO_GAMES = list(GAMES_WITH_MISTAKES)[6:]
 BAD_FILES = list(FILES)[1:6]  # those whose first line is wrong
