@@ -11,6 +11,7 @@ python assets/make.py notebook --check   executes it, stores nothing
 python assets/make.py study              study.csv, its pictures and tables: eight hours
 python assets/make.py study NAMES        only these games, or ablations, changes, offline, sizes
 python assets/make.py study NAMES --draw the same from what has been played
+python assets/make.py fall               replays one of its seeds, prints a table; a minute
 python assets/make.py ranking            ranking.csv and its table; half an hour
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
@@ -1020,6 +1021,31 @@ def plot_sizes(shown):
     left.legend(fontsize=8)
     right.set(xlabel="seconds on one core", title="the same against time")
     figure.savefig(HERE / "sizes.png", dpi=110)
+
+
+def fall():
+    """How ArCHer loses an utterance on detective, seed 4, with 16 episodes per iteration.
+
+    It is the right one of the last turn. The values are those after an iteration's actor steps.
+    """
+    torch.set_num_threads(1)
+    s = "Taken. Cellar: key, note on cook\n"
+    a = "accuse cook"
+    c, actor, critic, demonstrations = archer.prepare(Config("detective", 4, episodes=16))
+    archer.warm_start(actor, demonstrations, c)
+    learner = ArCHer(GAMES["detective"], actor, critic, demonstrations, c)
+    rows = []
+    for iteration in range(1, 41):
+        numbers = learner.iterate()
+        if iteration in (16, 20, 22, 24, 25, 26, 27, 28, 40):
+            with torch.no_grad():
+                q, v = critic([s], [a])
+                log_p, spoken = actor.log_probs([s], [actor.tokenizer.encode(a + "\n")])
+            p = (log_p * spoken).sum().exp()
+            values = (q.min(), v.min(), archer.advantage(q, v).item())
+            row = [iteration, f"{numbers['return']:.1f}"]
+            rows.append([*row, *(f"{x:.2f}" for x in values), f"{p:.3f}"])
+    print(markdown(["iteration", "return", "Q", "V", "A", f"probability of `{a}`"], rows))
 
 
 PARTS = {"ablations": plot_ablations, "offline": plot_offline, "sizes": plot_sizes}
@@ -2311,6 +2337,7 @@ def main():
     commands.add_parser("adventure").add_argument("path", nargs="?")
     commands.add_parser("frontier").add_argument("path")
     commands.add_parser("length").add_argument("--draw", action="store_true")
+    commands.add_parser("fall")
     commands.add_parser("ranking")
     commands.add_parser("price")
     commands.add_parser("speed")
@@ -2318,7 +2345,7 @@ def main():
     options = vars(parser.parse_args())
     functions = {"results": results, "pretrained": pretrained, "repeats": repeats}
     functions |= {"notebook": notebook, "signs": signs, "study": study}
-    functions |= {"ranking": ranking, "price": price, "speed": speed}
+    functions |= {"fall": fall, "ranking": ranking, "price": price, "speed": speed}
     functions |= {"adventure": adventure, "frontier": frontier}
     functions |= {"length": length, "released": released}
     functions[options.pop("command")](**options)
