@@ -901,6 +901,7 @@ def methods_table(shown, wanted):
     for (part, game, name), runs in shown.items():
         if part == wanted:
             row = [f"`{game}`", name, len(runs), spread([end_of(run) for run in runs], 2)]
+            row.append(spread([min(x[3] for x in run) for run in runs], 2))
             arrived = sum(math.isfinite(first(run, 0.8)) for run in runs)
             for share, column in ((0.5, 0), (0.8, 0), (0.8, 2)):
                 row.append(spread([first(run, share, column) for run in runs]))
@@ -912,6 +913,7 @@ def methods_table(shown, wanted):
         "method",
         "seeds",
         gap,
+        "lowest at any time",
         "episodes to 50 %",
         "to 80 %",
         "seconds to 80 %",
