@@ -658,7 +658,8 @@ OFFLINE = {  # learned from the 2,000 demonstrations alone
     "filtered BC": {"method": "filtered BC"},
     "BC": {"method": "BC"},
 }
-# Actors of three sizes on twenty_questions_full. For each, rates and initial weights were tried.
+# Actors of three sizes on twenty_questions_full, two of them with PPO as well. For each, rates and
+# initial weights were tried.
 SIZES_TRIED = {
     f"{layers} x {width}": [
         {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate, "episodes": 64}
@@ -688,6 +689,31 @@ SIZES_TRIED = {
             (0.1, 2e-3, 1e-4),
             (0.1, 1e-3, 5e-5),
             (0.1, 1e-3, 2.5e-5),
+        ),
+    }.items()
+}
+PPO_OF_SIZE = {"method": "PPO", "episodes": 64, "ppo_epochs": 4}
+SIZES_TRIED |= {
+    f"{layers} x {width}, PPO": [
+        PPO_OF_SIZE | {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate}
+        for spread, warm, rate in tried
+    ]
+    for (layers, width), tried in {
+        (2, 64): (
+            (0.2, 4e-3, 3e-4),
+            (0.2, 4e-3, 6e-4),
+            (0.2, 4e-3, 1e-4),
+            (0.1, 4e-3, 3e-4),
+            (0.1, 2e-3, 3e-4),
+            (0.1, 2e-3, 1e-4),
+        ),
+        (4, 128): (
+            (0.1, 1e-3, 3e-4),
+            (0.1, 1e-3, 1e-4),
+            (0.1, 1e-3, 5e-5),
+            (0.1, 1e-3, 2.5e-5),
+            (0.1, 2e-3, 3e-4),
+            (0.1, 2e-3, 1e-4),
         ),
     }.items()
 }
@@ -1012,12 +1038,13 @@ def plot_sizes(shown):
     """Actors of three sizes: the median of the seeds and their range."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    looks = (("o", "#E69F00"), ("s", "#0072B2"), ("D", "#009E73"))
-    for size, (marker, color) in zip(SIZES_TRIED, looks, strict=True):
-        runs = shown["sizes", "twenty_questions_full", size]
-        label = f"{size} (layers x width)"
-        plot_seeds(left, runs, 0, label=label, marker=marker, color=color)
-        plot_seeds(right, runs, 2, label=label, marker=marker, color=color)
+    colors = {"1 x 32": "#E69F00", "2 x 64": "#0072B2", "4 x 128": "#009E73"}
+    for name in SIZES_TRIED:
+        runs = shown["sizes", "twenty_questions_full", name]
+        size, _, ppo = name.partition(", ")
+        style = {"color": colors[size], "marker": "s" if ppo else "o", "linestyle": "--" if ppo else "-"}
+        plot_seeds(left, runs, 0, label=name, **style)
+        plot_seeds(right, runs, 2, label=name, **style)
     left.set(xlabel="episodes played", ylabel="share of the gap closed")
     left.set_title("twenty_questions_full: size of the actor")
     left.legend(fontsize=8)
