@@ -103,7 +103,7 @@ class Config:
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
     offline: str = setting("", "learn from this file only (sets episodes, capacity); empty: play")
-    evaluation_episodes: int = setting(500, "fresh episodes at start and end, each; few: noisy")
+    evaluation_episodes: int = setting(500, "fresh ones: start, end, greedy end; few: noisy")
 
 
 # ==================================================================================================

@@ -450,7 +450,7 @@ def train_critic(learner, transitions, utterances, v_lr, steps):
 
 
 def test_exact_eq1_and_eq2_find_the_values_of_a_policy_that_did_not_fill_the_buffer():
-    """The buffer holds all utterances equally often; the fresh ones are in proportion to pi."""
+    """The buffer holds every utterance; the fresh ones are in proportion to pi."""
     torch.manual_seed(0)
     pi = policy(some_logits())
     # "" twice, so that there are 64 transitions a state, too.
@@ -858,6 +858,7 @@ def test_exact_warm_start_copies_its_teacher(monkeypatch):
 
     def spy(loss_of, rows, optimizer, c):
         rates.append(optimizer.param_groups[0]["lr"])
+        assert len(rows) == 128
         return descend(loss_of, rows, optimizer, c)
 
     monkeypatch.setattr(archer, "descend", spy)
@@ -1246,6 +1247,13 @@ def test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates(models):
             assert log_p[row][spoken[row] > 0].tolist() == pytest.approx(expected[i], abs=1e-4)
 
 
+def test_a_model_that_ignores_which_logits_to_keep_is_scored_alike(models, monkeypatch):
+    model = models[0].model
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda logits_to_keep=0, **inputs: forward(**inputs))
+    test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates(models)
+
+
 def test_log_probs_equal_the_frequencies_of_sampling(models):
     actor, _ = models
     actor.utterance_tokens = 2
@@ -1342,19 +1350,6 @@ def learner_of(models, transitions=None, **settings):
     return archer.variant(c)(Detective, *models, [transitions or some_transitions(models[0])], c)
 
 
-@pytest.mark.parametrize("critic_loss", ["td", "iql"])
-@pytest.mark.parametrize("actor_loss", archer.ACTOR_LOSSES)
-def test_each_loss_moves_its_own_network_only(models, actor_loss, critic_loss):
-    actor, critic = models
-    learner = learner_of(models, actor_loss=actor_loss, critic_loss=critic_loss)
-    rows = [(t, t.a) for t in learner.buffer.transitions]
-    archer.descend(learner.critic_losses, rows, learner.critic_optimizer, learner.c)
-    assert gradient_size(critic) > 0 and gradient_size(actor) == gradient_size(learner.target) == 0
-    critic.zero_grad()
-    learner.actor_step()
-    assert gradient_size(actor) > 0 and gradient_size(critic) == gradient_size(learner.target) == 0
-
-
 def test_q_loss_reaches_q_heads_and_v_loss_reaches_v_heads_only(models):
     """Q learns through states and utterances, V through states."""
     actor, critic = models
@@ -1376,8 +1371,11 @@ def test_each_head_has_its_own_row(models):
     for heads, inputs in ((critic.q_heads, 128), (critic.v_heads, 64)):
         shapes = [tuple(p.shape) for p in heads.parameters() if p.ndim > 1]
         assert shapes == [(64, inputs), (64, 64), (1, 64)] * 2
-        w = heads[1][2].weight  # orthogonal
-        assert torch.allclose(w @ w.T, 2 * torch.eye(64), atol=1e-4)
+        assert not torch.equal(heads[0][0].weight, heads[1][0].weight)
+        for head in heads:
+            assert isinstance(head[1], torch.nn.ReLU) and isinstance(head[3], torch.nn.ReLU)
+            for w in (head[0].weight, head[2].weight, head[4].weight):  # orthogonal
+                assert torch.allclose(w @ w.T, 2 * torch.eye(len(w)), atol=1e-4)
     for k in range(2):
         for heads, values in ((critic.q_heads, critic.q(e, e)), (critic.v_heads, critic.v(e))):
             critic.zero_grad()
@@ -1587,7 +1585,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "i
 CAUSAL |= {"gemma3": {"text_config": SIZE, "vision_config": VISION | {"num_attention_heads": 2}}}
 ENCODERS = dict.fromkeys(("bert", "roberta", "distilbert", "albert", "mpnet", "deberta-v2"), {})
 ENCODERS |= dict.fromkeys(("xlm-roberta", "modernbert", "longformer", "gpt2", "llama"), {})
-# Refused: a model without a cache that can be reordered, encoders that mix the texts of a batch.
+# Refused: rwkv, which has no cache; mamba and two encoders, which mix the texts of a batch.
 REFUSED = {"rwkv", "mamba", "fnet", "convbert"}
 if transformers.__version__.startswith("4."):
     REFUSED |= {"bloom", "lfm2", "jamba", "bamba", "falcon_h1", "granitemoehybrid"}
@@ -1634,12 +1632,6 @@ def test_all_architectures_equal_a_plain_loop(role, name, tmp_path, monkeypatch)
         baseline = archer.TokenBaseline(models[0])
         baseline.head.bias.data += 100
         assert baseline(STATES[:1], [[7]])[0] > 90  # some scale or cap logits, which values are not
-
-
-def test_a_cache_that_mixes_up_its_rows_is_noticed(models, monkeypatch):
-    reorder = transformers.DynamicCache.reorder_cache
-    monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda x, i: reorder(x, 0 * i))
-    assert not archer.independent_of_batch(models[0])
 
 
 def byte_level(words):
@@ -1851,6 +1843,7 @@ def test_fuzz_episodes_of_any_length_are_chains(models):
             assert (t.s2 == after.s) is True and not t.done  # no diff of two long texts
         for t in episode:
             assert actor.tokenizer.decode(t.ids, skip_special_tokens=True).split("\n")[0] == t.a
+            assert len(t.ids) == actor.utterance_tokens or t.ids[-1] in actor.ends
     (alone,) = archer.rollout(Weather, actor, 1, random.Random(3))
     assert [t[3:] for t in alone] == [t[3:] for t in played[0]]
 
@@ -1998,19 +1991,22 @@ def test_levels_are_as_the_docstring_says(game):
 
     doc = " ".join(game.__doc__.split())
     lower = f"between {game.greedy_return():.2f} and " if game is TwentyQuestionsFull else ""
-    assert f"Optimum {lower}{game.optimal_return():.3g}" in doc
-    assert f"random play {game.random_return():.2f}" in doc
+    assert re.search(rf"Optimum {lower}{game.optimal_return():.3g}[,; ]", doc)
+    assert re.search(rf"random play {game.random_return():.2f}[,;]", doc)
+    assert re.search(rf"after (turn )?{game.limit}\b", doc) or game is TwentyQuestionsFull
     told = re.search(r"demonstrations about (-?[\d.]+\d)", doc)
     assert abs(float(told[1]) - fmean(shown)) < error_of(shown) + 0.05
 
 
 @each_game
-def test_the_limit_ends_a_game_that_shows_the_turn_and_cuts_one_that_does_not(game):
+def test_the_limit_ends_a_game_that_shows_the_turn_and_cuts_one_that_does_not(game, monkeypatch):
     steps = play(game(), lambda g: g.utterances[0], seed=0)
     assert len(steps) == game.limit
     assert steps[-1][2:4] == (game.limit_is_part_of_task, not game.limit_is_part_of_task)
     # Texts that all differ show how many turns are left.
     assert (len({step[0] for step in steps}) == game.limit) == game.limit_is_part_of_task
+    monkeypatch.setattr(game, "limit", 1)
+    assert {e[-1][4] for e in game.demonstrations(50)} == {game.limit_is_part_of_task}
 
 
 NOISE = ["", "\n", "go", "accuse", "take", "search", "open", "dog", "\x00", "DOG?", "go \t up"]
@@ -2142,7 +2138,6 @@ def test_web_shop_finds_by_words_and_sells_only_what_it_has_listed():
     for words in ("lamp", "a LAMP that is  red, please", "red lamp", "lamp red"):
         assert found(words) == ["alba", "bora", "cielo"]
     assert found("green bag")[:2] == ["neve", "onda"]
-    assert found("gatto") == ["gatto"]
     assert found("dragon") == found("") == ["nothing"]
     assert visit("search lamp/open dama")[0] == visit("search lamp/open alba bora")[0] == "no"
     assert visit("search green lamp/open dama")[0] == "small"
@@ -2215,17 +2210,14 @@ def test_a_run_writes_what_it_promises(stock):
     assert re.search(rf"\n> .* r .* Q .* V .* A .* log p .*\n(.*\n)+end +{summary['end']}\n", text)
 
 
-def test_the_same_seed_gives_the_same_run_bit_for_bit(stock, quick, monkeypatch):
+def test_the_same_seed_gives_the_same_run_bit_for_bit(stock, quick):
     """In another process too, where Python's hashes differ."""
     code = "import archer, envs; envs.Detective.limit = 2; archer.main()"
     command = [sys.executable, "-c", code, *QUICK.split(), "--out", str(Path("same").absolute())]
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run(command, check=True, capture_output=True, cwd=HERE, env=environment)
     assert outcome("same") == outcome(stock / "run")
-    calls = spied(monkeypatch, archer.tqdm, "set_postfix", lambda shown: None)
     assert start("other", "--seed", "1")[0] != outcome(stock / "run")[0]
-    returns = [line["return"] for line in lines_of("other", "metrics.jsonl")]
-    assert [shown["return"] for (shown,), *_ in calls] == returns  # by the progress bar
     assert archer.given_episodes(Config(seed=1)) != archer.given_episodes(Config())
 
 
@@ -2251,10 +2243,16 @@ def test_numpy_values_make_the_same_run(quick, monkeypatch):
 
 
 def test_luck_of_a_game_that_ignores_its_seed_is_the_runs_own(stock, quick, monkeypatch):
-    luck = a_game(pays=lambda: random.random() + np.random.random())
+    """Every evaluation has its own line in the summary."""
+    luck = a_game(pays=lambda: random.random() + np.random.random(), optimal_return=lambda: 7.5)
     monkeypatch.setitem(GAMES, "luck", luck)
+    calls = spied(monkeypatch, archer, "rollout")
+    bar = spied(monkeypatch, archer.tqdm, "set_postfix", lambda shown: None)
     one, two = (start(x, "--env", "luck", "--actor", f"{stock}/gpt2") for x in ("one", "two"))
-    assert one == two and one[1]["end"] != one[1]["start"]
+    assert one == two and one[1]["optimum"] == 7.5
+    assert [shown["return"] for (shown,), *_ in bar[:4]] == [line["return"] for line in one[0]]
+    means = [archer.mean_return(played) for *_, played in (calls[0], *calls[-2:])]
+    assert means == [one[1][name] for name in ("start", "end", "greedy")] and len(set(means)) == 3
 
 
 def test_another_module_may_be_called_envs_and_names_any_script(quick):
@@ -2275,7 +2273,7 @@ def test_another_module_may_be_called_envs_and_names_any_script(quick):
     assert shown.returncode == 2 and b"use python -O in place of -OO" in shown.stderr
 
 
-def test_runs_begun_in_the_same_second_have_their_own_folders(quick, monkeypatch, capsys):
+def test_runs_begun_in_the_same_second_have_their_own_folders(quick, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda form: "now")
     calls = spied(monkeypatch, torch, "set_num_threads")
     torch.set_num_threads(2)
@@ -2285,11 +2283,9 @@ def test_runs_begun_in_the_same_second_have_their_own_folders(quick, monkeypatch
     assert [n for (n,), *_ in calls] == [2, 1, 2, 1, 2, 1]  # one while a tiny model runs
     folders = sorted(Path("runs").iterdir())
     assert len(folders) == 2 and all((x / "summary.json").exists() for x in folders)
-    monkeypatch.setattr(time, "time_ns", lambda: int(folders[0].name[-9:]))
-    assert "cannot begin in runs" in mistake(capsys, *QUICK.split())
 
 
-def test_metrics_by_hand(models):
+def test_metrics_by_hand(models, monkeypatch):
     """Two episodes, of two turns and of one: means over episodes, discounts from the first turn."""
     actor, critic = models
     said = [ids_of(actor, "go"), ids_of(actor, "take note")[:2], [0]]  # the second is cut
@@ -2309,6 +2305,10 @@ def test_metrics_by_hand(models):
     total = -sum(sum(plain_log_probs(actor, *pair)) for pair in states)
     expected |= {"entropy": total / 3, "token_entropy": total / 5, "tokens": 5 / 3}
     assert found == pytest.approx(expected | {"distinct": 2 / 3, "cut": 1 / 3}, rel=1e-5)
+    calls = spied(monkeypatch, actor, "log_probs")
+    learner.c = Config(micro_batch=2)
+    archer.metrics(learner, q_and_v_losses, actor_updates)
+    assert len(calls[0][0][0]) == 2
     q, v = (x.min() for x in critic(["go\n"], ["a"]))
     log_p = sum(plain_log_probs(actor, "go\n", said[0]))
     numbers = f"r  1.0   Q {q:6.2f}   V {v:6.2f}   A {q - v:6.2f}   log p {log_p:6.2f}"
@@ -2328,7 +2328,10 @@ def test_settings_reach_their_losses_and_no_others(options, quick, monkeypatch):
     """Four iterations of two critic steps; an actor step in each of the last three."""
     names = "q_loss expectile_loss baseline_loss actor_loss actor_loss_with_baseline ppo_loss"
     calls = {name: spied(monkeypatch, archer, name) for name in f"{names} awr_loss v_loss".split()}
-    start("run", *f"--warm-start-steps 0 --gamma 0.8 --actor-loss {options}".split())
+    steps = spied(monkeypatch, archer, "descend")
+    metrics, *_ = start("run", *f"--warm-start-steps 0 --gamma 0.8 --actor-loss {options}".split())
+    assert {len(rows) for (_, rows, *_), *_ in steps} == {8}
+    assert metrics[-1]["actor_loss"] == pytest.approx(steps[-1][-1].item())
     counts = [f"{name} {len(its)}" for name, its in calls.items() if its]
     assert " ".join(counts) == LOSSES_OF[options]
     # Every float that reached a loss is one of the options.
@@ -2337,16 +2340,13 @@ def test_settings_reach_their_losses_and_no_others(options, quick, monkeypatch):
 
 
 def test_offline_learns_from_what_a_file_holds_and_plays_only_to_evaluate(quick, monkeypatch):
-    """Every evaluation has its own line in the summary."""
     episodes = Detective.demonstrations(15)
     Path("episodes").write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
     calls = spied(monkeypatch, archer, "rollout")
     options = "--offline episodes --critic-loss iql --actor-loss awr --warmup-iterations 0"
-    metrics, summary, (_, buffer, _), _ = start("run", *options.split())
+    metrics, _, (_, buffer, _), _ = start("run", *options.split())
     assert [x[2] for x, *_ in calls] == [2, 0, 0, 0, 0, 2, 2]
     assert [named.get("greedy", False) for _, named, _ in calls] == [False] * 6 + [True]
-    means = [archer.mean_return(played) for _, _, played in (calls[0], *calls[-2:])]
-    assert means == [summary["start"], summary["end"], summary["greedy"]]
     assert [(s, a, r, s2, d) for s, a, _, r, s2, d in buffer] == [t for e in episodes for t in e]
     assert "return" not in metrics[-1]
     assert lines_of("run", "config.json")[0]["capacity"] == len(buffer)
@@ -2369,6 +2369,9 @@ def test_help_shows_every_setting_and_every_setting_is_read(capsys):
     with pytest.raises(SystemExit):
         archer.main(["--help", "--env", "web_shop"])
     shown = " ".join(capsys.readouterr().out.split())
+    c = Config()  # of these README tells
+    assert (c.iterations, c.episodes, c.warmup_iterations) == (40, 32, 10)
+    assert (c.critic_steps, c.actor_steps, c.gamma) == (50, 4, 0.97)
     c = Config(**GAMES["web_shop"].settings)
     source = re.sub('""".*?"""', "", Path(archer.__file__).read_text(), flags=re.S)
     for field in dataclasses.fields(Config):
@@ -2465,11 +2468,10 @@ tqdm.std.tqdm.set_lock(threading.RLock())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing here")
-def test_twenty_kills_never_set_a_run_back(stock, quick):
+def test_twenty_kills_never_set_a_run_back(quick):
     """At random moments: the checkpoint is always whole, the run ends as if nothing had been."""
-    expected = outcome(stock / "run")
     began = time.time()
-    assert start("run0") == expected
+    expected = start("run0")
     seconds = time.time() - began
     rng = random.Random(0)
     runs = 1
@@ -2545,21 +2547,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(name, stock, quick, capsys
     assert go_on("run") == outcome(stock / "run")
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["q_loss", "v_loss", "actor_loss"])
-def test_a_loss_that_is_not_finite_stops_the_run(name, bad, quick, capsys, monkeypatch):
-    """In the second iteration, the first with an actor step; what is saved is finite."""
+@pytest.mark.parametrize("name, done", [("q_loss", 0), ("v_loss", 0), ("actor_loss", 1)])
+def test_a_loss_that_is_not_finite_stops_the_run(name, done, quick, capsys, monkeypatch):
+    """What is saved is finite."""
     loss = getattr(archer, name)
-    calls = itertools.count(1)
-    first = 6 if name == "actor_loss" else 4  # after five warm-start steps, or three critic steps
-
-    def broken(*x):
-        return loss(*x) * (bad if next(calls) >= first else 1)
-
-    monkeypatch.setattr(archer, name, broken)
-    assert "not finite" in mistake(capsys, *QUICK.split(), "--out", "run")
+    monkeypatch.setattr(archer, name, lambda *x: loss(*x) * math.inf)
+    assert "not finite" in mistake(capsys, *QUICK.split(), "--out=run", "--warm-start-steps=0")
     state = learner_in("run")
-    assert state["iteration"] == 1
+    assert state["iteration"] == done
     for network in ("actor", "critic", "target"):
         assert all(x.isfinite().all() for x in state[network].values())
 
@@ -2689,6 +2684,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--gamma | --resume": "argument {}: expected one argument",
     "--seed x | --batch 1.5": "invalid int value: '{}'",
     "--gamma 1.5 | --tau 1.5 | --expectile 1.5 | --actor-lr 1.5": " must be 0 to 1, not 1.5",
+    "--critic-lr 1.5 | --warm-start-lr 1.5": " must be 0 to 1, not 1.5",
     "--actor-loss sft": "--actor_loss: choose from ['reinforce', 'baseline', 'ppo', 'awr']",
     "--critic-loss mc": "--critic_loss: choose from ['td', 'iql']",
     "--preset paper --env good": "the game good has no preset",
