@@ -1032,8 +1032,8 @@ def plot_ablations(shown):
 
 
 def plot_sizes(shown):
-    """Actors of three sizes: the median of the seeds and their range."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    """Actors of three sizes: the median of the seeds and their range. Dashed: PPO."""
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     colors = {"1 x 32": "#E69F00", "2 x 64": "#0072B2", "4 x 128": "#009E73"}
     for name in SIZES_TRIED:
@@ -1044,38 +1044,49 @@ def plot_sizes(shown):
             "marker": "s" if ppo else "o",
             "linestyle": "--" if ppo else "-",
         }
-        plot_seeds(left, runs, 0, label=name, **style)
-        plot_seeds(right, runs, 2, label=name, **style)
+        label = f"{size}, {ppo or 'ArCHer'}"
+        plot_seeds(left, runs, 0, label=label, **style)
+        plot_seeds(right, runs, 2, label=label, **style)
     left.set(xlabel="episodes played", ylabel="share of the gap closed")
     left.set_title("twenty_questions_full: size of the actor")
-    left.legend(fontsize=8)
     right.set(xlabel="seconds on one core", title="the same against time")
+    lines = left.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center", title="layers x width", frameon=False)
     figure.savefig(HERE / "sizes.png", dpi=110)
 
 
 def fall():
-    """How ArCHer loses an utterance on detective, seed 4, with 16 episodes per iteration.
+    """How ArCHer loses three utterances on detective, seed 4, with 16 episodes per iteration.
 
-    It is the right one of the last turn. The values are those after an iteration's actor steps.
+    They are the right ones of the last turn and of the first two. The return is that of the
+    episodes with which an iteration begins, the values are those after its actor steps.
     """
     torch.set_num_threads(1)
-    s = "Taken. Cellar: key, note on cook\n"
-    a = "accuse cook"
+    last = (16, 20, 22, 24, 25, 26, 27, 28, 40, 90, 93)
+    first = (90, 93, 95, 96, 97, 98, 99, 100, 110, 120, 130)
+    second = (90, 100, 104, 106, 108, 110, 120, 130)
+    lost = [
+        ("Taken. Cellar: key, note on cook\n", "accuse cook", last, []),
+        ("Welcome. Hall: nothing\n", "go north", first, []),
+        ("Done. Landing: nothing\n", "go east", second, []),
+    ]
     c, actor, critic, demonstrations = archer.prepare(Config("detective", 4, episodes=16))
     archer.warm_start(actor, demonstrations, c)
     learner = ArCHer(GAMES["detective"], actor, critic, demonstrations, c)
-    rows = []
-    for iteration in range(1, 41):
+    for iteration in range(1, 131):
         numbers = learner.iterate()
-        if iteration in (16, 20, 22, 24, 25, 26, 27, 28, 40):
-            with torch.no_grad():
-                q, v = critic([s], [a])
-                log_p, spoken = actor.log_probs([s], [actor.tokenizer.encode(a + "\n")])
-            p = (log_p * spoken).sum().exp()
-            values = (q.min(), v.min(), archer.advantage(q, v).item())
-            row = [iteration, f"{numbers['return']:.1f}"]
-            rows.append([*row, *(f"{x:.2f}" for x in values), f"{p:.3f}"])
-    print(markdown(["iteration", "return", "Q", "V", "A", f"probability of `{a}`"], rows))
+        for s, a, iterations, rows in lost:
+            if iteration in iterations:
+                with torch.no_grad():
+                    q, v = critic([s], [a])
+                    log_p, spoken = actor.log_probs([s], [actor.tokenizer.encode(a + "\n")])
+                p = (log_p * spoken).sum().exp()
+                values = (q.min(), v.min(), archer.advantage(q, v).item())
+                row = [iteration, f"{numbers['return']:.1f}"]
+                rows.append([*row, *(f"{x:.2f}" for x in values), f"{p:.3f}"])
+    for _, a, _, rows in lost:
+        header = ["iteration", "return", "Q", "V", "A", f"probability of `{a}`"]
+        print(markdown(header, rows) + "\n")
 
 
 PARTS = {"ablations": plot_ablations, "offline": plot_offline, "sizes": plot_sizes}
