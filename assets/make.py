@@ -513,7 +513,12 @@ class WithComparedUtterances(ArCHer):
         return list(zip(s, token_ids, (Q - others).flatten(), strict=True))
 
 
+class WithComparedUtterancesAndBaseline(WithComparedUtterances, archer.WithBaseline):
+    """The same, with a token baseline."""
+
+
 archer.ACTOR_LOSSES |= {"centred": WithCentredAdvantage, "compared": WithComparedUtterances}
+archer.ACTOR_LOSSES |= {"compared and baseline": WithComparedUtterancesAndBaseline}
 
 
 class Measurements:
@@ -1123,6 +1128,8 @@ TRIED = {
         SMALL_BATCH | {"episodes": 8, "actor_steps": 8, "critic_loss": "iql"},
         SMALL_BATCH | {"episodes": 8} | AWR,
         SMALL_BATCH | {"episodes": 8} | AWR | {"critic_loss": "iql"},
+        SMALL_BATCH | {"episodes": 8, "actor_loss": "compared"},
+        SMALL_BATCH | {"episodes": 8, "actor_loss": "compared and baseline"},
     ],
     "CHAI": [
         {"gamma": 0.97},
