@@ -8,10 +8,10 @@ python assets/make.py repeats FOLDER     a table of what repeated utterances cos
 python assets/make.py signs              signs.csv and its tables; ten minutes
 python assets/make.py notebook           executes tutorial.ipynb, writes the figures of tagged cells
 python assets/make.py notebook --check   executes it, stores nothing
-python assets/make.py study              study.csv, its pictures and tables: eight hours
+python assets/make.py study              study.csv, its pictures and tables: nine hours
 python assets/make.py study NAMES        only these games, or ablations, changes, offline, sizes
 python assets/make.py study NAMES --draw the same from what has been played
-python assets/make.py fall               replays one of its seeds, prints a table; a minute
+python assets/make.py fall               replays one of its seeds, prints tables; three minutes
 python assets/make.py ranking            ranking.csv and its table; half an hour
 python assets/make.py price              price.csv and its table
 python assets/make.py speed              speed.jsonl and its table
@@ -664,7 +664,7 @@ OFFLINE = {  # learned from the 2,000 demonstrations alone
     "BC": {"method": "BC"},
 }
 # Actors of three sizes on twenty_questions_full, two of them with PPO as well. For each, rates and
-# initial weights were tried; only three rates of PPO with the largest, which takes 25 minutes.
+# initial weights were tried; only three rates of PPO with the largest, which takes 20 minutes.
 SIZES_TRIED = {
     f"{layers} x {width}": [
         {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate, "episodes": 64}
