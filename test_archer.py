@@ -2243,7 +2243,7 @@ def test_numpy_values_make_the_same_run(quick, monkeypatch):
 
 
 def test_luck_of_a_game_that_ignores_its_seed_is_the_runs_own(stock, quick, monkeypatch):
-    """Every evaluation has its own line in the summary."""
+    """And every evaluation has its own line in the summary."""
     luck = a_game(pays=lambda: random.random() + np.random.random(), optimal_return=lambda: 7.5)
     monkeypatch.setitem(GAMES, "luck", luck)
     calls = spied(monkeypatch, archer, "rollout")
@@ -2369,7 +2369,7 @@ def test_help_shows_every_setting_and_every_setting_is_read(capsys):
     with pytest.raises(SystemExit):
         archer.main(["--help", "--env", "web_shop"])
     shown = " ".join(capsys.readouterr().out.split())
-    c = Config()  # of these README tells
+    c = Config()  # README states these
     assert (c.iterations, c.episodes, c.warmup_iterations) == (40, 32, 10)
     assert (c.critic_steps, c.actor_steps, c.gamma) == (50, 4, 0.97)
     c = Config(**GAMES["web_shop"].settings)

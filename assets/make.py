@@ -663,15 +663,29 @@ OFFLINE = {  # learned from the 2,000 demonstrations alone
     "filtered BC": {"method": "filtered BC"},
     "BC": {"method": "BC"},
 }
+
+
+def tried_size(layers, width, tried, **method):
+    """Settings of an actor. tried: (spread of the initial weights, two learning rates) each."""
+    return [
+        {
+            "size": (layers, width, spread_of_weights),
+            "warm_start_lr": warm,
+            "actor_lr": rate,
+            "episodes": 64,
+            **method,
+        }
+        for spread_of_weights, warm, rate in tried
+    ]
+
+
 # Actors of three sizes on twenty_questions_full, two of them with PPO as well. For each, rates and
 # initial weights were tried; only three rates of PPO with the largest, which takes 20 minutes.
 SIZES_TRIED = {
-    f"{layers} x {width}": [
-        {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate, "episodes": 64}
-        for spread, warm, rate in tried
-    ]
-    for (layers, width), tried in {
-        (1, 32): (
+    "1 x 32": tried_size(
+        1,
+        32,
+        (
             (0.3, 4e-3, 3e-4),
             (0.2, 4e-3, 3e-4),
             (0.3, 8e-3, 6e-4),
@@ -679,7 +693,11 @@ SIZES_TRIED = {
             (0.2, 8e-3, 2e-3),
             (0.2, 4e-3, 1e-3),
         ),
-        (2, 64): (
+    ),
+    "2 x 64": tried_size(
+        2,
+        64,
+        (
             (0.2, 4e-3, 3e-4),
             (0.2, 2e-3, 3e-4),
             (0.2, 4e-3, 6e-4),
@@ -687,7 +705,11 @@ SIZES_TRIED = {
             (0.1, 2e-3, 1e-4),
             (0.1, 2e-3, 5e-5),
         ),
-        (4, 128): (
+    ),
+    "4 x 128": tried_size(
+        4,
+        128,
+        (
             (0.1, 2e-3, 3e-4),
             (0.1, 1e-3, 1e-4),
             (0.05, 2e-3, 2e-4),
@@ -695,16 +717,11 @@ SIZES_TRIED = {
             (0.1, 1e-3, 5e-5),
             (0.1, 1e-3, 2.5e-5),
         ),
-    }.items()
-}
-PPO_OF_SIZE = {"method": "PPO", "episodes": 64, "ppo_epochs": 4}
-SIZES_TRIED |= {
-    f"{layers} x {width}, PPO": [
-        PPO_OF_SIZE | {"size": (layers, width, spread), "warm_start_lr": warm, "actor_lr": rate}
-        for spread, warm, rate in tried
-    ]
-    for (layers, width), tried in {
-        (2, 64): (
+    ),
+    "2 x 64, PPO": tried_size(
+        2,
+        64,
+        (
             (0.2, 4e-3, 3e-4),
             (0.2, 4e-3, 6e-4),
             (0.2, 4e-3, 1e-4),
@@ -712,12 +729,16 @@ SIZES_TRIED |= {
             (0.1, 2e-3, 3e-4),
             (0.1, 2e-3, 1e-4),
         ),
-        (4, 128): (
-            (0.1, 1e-3, 1e-4),
-            (0.1, 1e-3, 5e-5),
-            (0.1, 1e-3, 2.5e-5),
-        ),
-    }.items()
+        method="PPO",
+        ppo_epochs=4,
+    ),
+    "4 x 128, PPO": tried_size(
+        4,
+        128,
+        ((0.1, 1e-3, 1e-4), (0.1, 1e-3, 5e-5), (0.1, 1e-3, 2.5e-5)),
+        method="PPO",
+        ppo_epochs=4,
+    ),
 }
 
 
