@@ -656,6 +656,9 @@ CHANGES = {  # of ArCHer, game by game
     "twenty_questions_full": TWO_ADVANTAGES,
     "web_shop": LONG_WARMUP,
 }
+# Without a change one seed of five fails, too few to tell a cure from luck.
+MORE_SEEDS = range(5, 15)
+MORE_RUNS = {"ArCHer": {}} | CHANGES["detective"]
 OFFLINE = {  # learned from the 2,000 demonstrations alone
     "IQL + AWR": {"critic_loss": "iql", "actor_loss": "awr"},
     "SARSA + AWR": {"critic_loss": "iql", "expectile": 0.5, "actor_loss": "awr"},
@@ -779,6 +782,9 @@ def rest_shown(names, runs):
             usual = best_of(runs, "tried", game, "ArCHer", STUDY_TRIED)
             for name, settings in CHANGES[game].items():
                 shown.append(("changes", game, name, seed, usual | settings))
+        usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
+        for seed, (name, settings) in itertools.product(MORE_SEEDS, MORE_RUNS.items()):
+            shown.append(("changes", "detective", name, seed, usual | settings))
     if "offline" in names:
         for seed, (name, settings) in itertools.product(range(5), OFFLINE.items()):
             shown.append(("offline", "twenty_questions", name, seed, settings))
@@ -869,6 +875,7 @@ def study(names, draw=False, file=HERE / "study.csv"):
     print(tried_in_study(played) + "\n\n" + methods_table(shown, "games"))
     plot_methods(shown)
     if "changes" in names:
+        shown["changes", "detective", "ArCHer"] += shown["games", "detective", "ArCHer"]
         print("\n" + methods_table(shown, "changes"))
     for part, plot in PARTS.items():
         if part in names:
@@ -954,7 +961,7 @@ def methods_table(shown, wanted):
             arrived = sum(math.isfinite(first(run, 0.8)) for run in runs)
             for share, column in ((0.5, 0), (0.8, 0), (0.8, 2)):
                 row.append(spread([first(run, share, column) for run in runs]))
-            row.append(arrived)
+            row += [arrived, sum(end_of(run) >= 0.8 for run in runs)]
             rows.append([*row, spread([run[-1][2] for run in runs])])
     gap = "gap closed, last fifth: median (lowest to highest)"
     header = [
@@ -967,6 +974,7 @@ def methods_table(shown, wanted):
         "to 80 %",
         "seconds to 80 %",
         "seeds that get there",
+        "seeds that end there",
         "seconds in all",
     ]
     return markdown(header, rows)
