@@ -1936,7 +1936,7 @@ TRAPS = {  # change: (a piece of archer.py, what stands in its place)
     ),
     "the decoded text is tokenised again": (
         "a, token_ids = self.actor.act(s)",
-        "a, _ = self.actor.act(s); token_ids = [self.actor.tokens_of(x) or [0] for x in a]",
+        "a, _ = self.actor.act(s); token_ids = [self.actor.tokens_of(x + '\\n') for x in a]",
     ),
     "the end token is dropped": (
         "[x for x in row if x >= 0]",
@@ -1947,7 +1947,7 @@ TRAPS = {  # change: (a piece of archer.py, what stands in its place)
         "z = logits[:, -1]; k = min(50, z.shape[1]); "
         "p = z.masked_fill(z < z.topk(k).values[:, -1:], -1e9).softmax(1)",
     ),
-    "a time limit taken for an end": (
+    "a time limit taken for an end, in play": (
         "(states[i], a, r, s2, terminated)",
         "(states[i], a, r, s2, terminated or truncated)",
     ),
@@ -1971,7 +1971,7 @@ def changed_archer(original, replacement):
 
 
 def price_run(run):
-    """[(trap, seed, return before, return after)] of half a default run with the trap in it."""
+    """[(trap, seed, return before, return after)] of 30 of a run's 40 iterations."""
     torch.set_num_threads(1)
     trap, seed = run
     module = changed_archer(*TRAPS[trap])
@@ -2052,14 +2052,16 @@ class Judged:
         v = torch.tensor(returns(actor, copies, c.gamma, fresh))
         q, v = q.view(n, -1), v.view(n, -1)
         self.q, self.v = q.mean(1), v.mean(1)
-        noise = ((q.var(1) + v.var(1)) / continuations).mean()  # squared, in the true A
+        # Squared, in the true A. Q and V continue the same drawn games: their errors are related.
+        noise = ((q - v).var(1) / continuations).mean()
         self.ceiling = (1 - noise / (self.q - self.v).var()).clamp(min=0).sqrt().item()
 
     @torch.no_grad()
     def correlations(self, critic):
         """Of the critic's Q, V and A with the true ones, over all states."""
         q, v = critic(self.s, self.a)
-        pairs = (q.mean(0), self.q), (v.mean(0), self.v), (archer.advantage(q, v), self.q - self.v)
+        q, v = q.min(0).values, v.min(0).values
+        pairs = (q, self.q), (v, self.v), (q - v, self.q - self.v)
         return [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs]
 
 
