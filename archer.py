@@ -1,6 +1,6 @@
 """ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model acts over many turns.
 
-Two learners alternate. A critic learns off-policy, from a replay buffer, the values of whole
+Two networks learn in turn. A critic learns off-policy, from a replay buffer, the values of whole
 utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy gradient
 (Eq. 3), in which the critic's advantage weights all tokens of an utterance.
 
@@ -20,9 +20,9 @@ Left out: LoRA, several GPUs.
 
 Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
 state (s' in the paper), A an advantage; c is a Config. In shapes, B is the batch, T the tokens of
-its longest text, L those of its longest utterance, h the width of the encoder; [2, B] has a row for
-each member of the double critic. `spoken`, [B, L], is the mask of a batch's utterances; e_s is the
-encoder's embedding of s.
+its longest text, L those of its longest utterance, h the width of a network; [2, B] has a row for
+each member of the double critic. `spoken`, [B, L], is the mask of a batch's utterances (elsewhere:
+action mask); e_s is the encoder's embedding of s.
 """
 
 import argparse
@@ -31,13 +31,13 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import itertools
 import json
 import math
 import random
 import shutil
 import sys
 import time
+import typing
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -110,12 +110,20 @@ class Config:
 # The algorithm
 # ==================================================================================================
 
-# One turn. s: all that the agent may know, as text that should end in a newline. a: the utterance,
-# without its newline. ids: its tokens as they were sampled (in demonstrations and files: as the
-# text is tokenised), the end token included unless the utterance was cut. r: the reward. s2: the
-# next state. done: the task ended, so that s2 has the value 0. A time limit that is not part of the
-# task (`truncated`) leaves it False: there the critic bootstraps.
-Transition = collections.namedtuple("Transition", "s a ids r s2 done")
+
+class Transition(typing.NamedTuple):
+    """One turn."""
+
+    s: str  # the state: all that the agent may know, as text that should end in a newline
+    a: str  # the utterance, without its newline
+    # Its tokens as they were sampled (in demonstrations and files: as the text is tokenised), the
+    # end token included unless the utterance was cut.
+    ids: list[int]
+    r: float  # the reward
+    s2: str  # the next state
+    # The task ended, so that s2 has the value 0. A time limit that is not part of the task
+    # (`truncated`) leaves it False: there the critic bootstraps.
+    done: bool
 
 
 class ReplayBuffer:
@@ -390,12 +398,14 @@ def rollout(game, actor, episodes, rng, greedy=False):
     """
     played = [[] for _ in range(episodes)]
     with opened(game, episodes) as games:
-        states = {i: as_text(g.reset(seed=rng.randrange(2**31))[0]) for i, g in enumerate(games)}
+        starts = [as_text(g.reset(seed=rng.randrange(2**31))[0], "observation") for g in games]
+        states = dict(enumerate(starts))
         while states:  # of the games that still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
                 s2, r, terminated, truncated, _ = games[i].step(a)
-                s, a, r, s2, done = checked(states[i], a, r, s2, terminated)
+                with explained(f"step({a!r})"):
+                    s, a, r, s2, done = checked((states[i], a, r, s2, terminated))
                 played[i].append(Transition(s, a, ids, r, s2, done))
                 states[i] = s2
                 if terminated or truncated:
@@ -443,7 +453,7 @@ class ArCHer:
         self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor does not change while the critic learns, so all utterances for Eq. 2 are drawn
-        # at once, sorted by length to save padding, and then shuffled.
+        # at once, at states sorted by length to save padding; then the pairs are shuffled.
         transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
         self.buffer.rng.shuffle(examples)
@@ -530,7 +540,7 @@ class ArCHer:
 def baseline_loss(v, spoken, A):
     """The token baseline V~ learns the utterance's advantage from the tokens so far (Eq. 4).
 
-    v, spoken: [B, L]. A: [B].
+    v, spoken: [B, L]. A: [B]. Returns a mean over B.
     """
     return ((v - A.detach()[:, None]).pow(2) * spoken).sum(1).mean()
 
@@ -538,7 +548,7 @@ def baseline_loss(v, spoken, A):
 def actor_loss_with_baseline(log_p, spoken, A, v):
     """Eq. 3 with A - V~ in place of A, token by token (Eq. 5).
 
-    log_p (finite), spoken, v: [B, L]. A: [B].
+    log_p (finite), spoken, v: [B, L]. A: [B]. Returns a mean over B.
     """
     return -((A[:, None] - v).detach() * log_p * spoken).sum(1).mean()
 
@@ -547,8 +557,8 @@ def expectile_loss(v, q, expectile):
     """V learns an expectile of Q over logged utterances; near 1, almost the best Q (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
-    Our source of Eq. 6 quotes it with V - Q, which would give a low expectile.
-    Returns a mean over B, summed over the two heads.
+    The paper, as quoted to us, has V - Q, which would give a low expectile. Returns a mean over B,
+    summed over the two heads.
     """
     u = q.detach() - v
     weight = (expectile - (u < 0).to(u)).abs()
@@ -559,6 +569,7 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
     """Imitation of logged utterances, weighted by exp(beta A), at most `bound` (Eq. 7).
 
     The bound is ours; without it a few utterances dominate. log_p (finite), spoken: [B, L]. A: [B].
+    Returns a mean over B.
     """
     weight = (beta * A.detach()).exp().clamp(max=bound)
     return -(weight * (log_p * spoken).sum(1)).mean()
@@ -567,8 +578,8 @@ def awr_loss(log_p, spoken, A, beta, bound=20.0):
 def ppo_loss(log_p, old_log_p, spoken, A, clip):
     """PPO's clipped objective in place of Eq. 3, for several steps on the same utterances.
 
-    log_p, old_log_p (both finite), spoken: [B, L]. A: [B], per utterance, or [B, L],
-    per token, as in the tutorial's token-level PPO.
+    log_p, old_log_p (both finite), spoken: [B, L]. A: [B], per utterance, or [B, L], per token, as
+    in the tutorial's token-level PPO. Returns a mean over B.
     """
     A = A.detach() if A.dim() == 2 else A.detach()[:, None]
     ratio = ((log_p - old_log_p.detach()) * spoken).exp()
@@ -717,23 +728,26 @@ def opened(game, n=1):
         yield games
 
 
-def as_text(x):
+def as_text(x, name):
     """x, with lone surrogates as "?", for tokenizers. Raises UserError if it is not a `str`."""
-    require(isinstance(x, str), f"not a text but {type(x).__name__}: {x!r}")
+    require(isinstance(x, str), f"the {name} is not a text but {type(x).__name__}: {x!r}")
     return x.encode(errors="replace").decode()
 
 
-def checked(s, a, r, s2, done):
-    """A turn of a game or a file, in Python's own types; numpy's are accepted.
+def checked(turn):
+    """A turn (s, a, r, s', terminated) of a game or a file, in Python's own types.
 
-    A newline at the end of the utterance is dropped. Raises UserError for wrong types, and for a
-    reward that is not finite.
+    Numpy's are accepted. A newline at the end of the utterance is dropped. Raises UserError for
+    wrong types, and for a reward that is not finite.
     """
+    require(isinstance(turn, list | tuple) and len(turn) == 5, f"not a turn of five: {turn!r}")
+    s, a, r, s2, done = turn
     with explained(f"the reward {r!r}"):
         require(math.isfinite(r), "it is not finite")
     with explained(f"the end of the task, {done!r}"):
         require(done in (True, False), "it is not true or false")
-    return as_text(s), as_text(a).removesuffix("\n"), float(r), as_text(s2), bool(done)
+    a = as_text(a, "utterance").removesuffix("\n")
+    return as_text(s, "state"), a, float(r), as_text(s2, "next state"), bool(done)
 
 
 def learn_vocabulary(texts):
@@ -795,6 +809,7 @@ def load(name, model_class, model, tokenizer, c, reserved=0):
     if name:
         model = model_class.from_pretrained(name, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left")
+        require(tokenizer.encode("Hello."), "it has no tokenizer")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     # 2 less, since RoBERTa's positions begin at 2; it costs other models two tokens.
     room = min(c.state_tokens, context - reserved - 2)
@@ -829,12 +844,13 @@ def build(c, vocabulary):
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
         actor.rows = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
         actor.act(["", "Hello.\n"])  # a trial: it fails now rather than hours later
-        require(independent_of_batch(actor), "what it says depends on the rest of a batch")
+        require(independent_of_batch(actor), "its output depends on the rest of a batch")
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
         tiny = tiny_tokenizer(vocabulary)  # its own: the two models need not read equally far
         critic = DoubleCritic(*load(c.critic, transformers.AutoModel, encoder, tiny, c)).to(device)
         alone, beside = critic.embed(["A"])[0], critic.embed(["A", "", "Somewhat longer.\n"])[0]
-        require(torch.allclose(alone, beside, rtol=1e-3, atol=1e-3), "it mixes texts of a batch")
+        same = torch.allclose(alone, beside, rtol=1e-3, atol=1e-3)
+        require(same, "its output depends on the rest of a batch")
     actor.vocabulary = vocabulary  # for checkpoints: a resumed run has no texts to learn it from
     # Only if both are named, for simplicity; tiny models would gain nothing from bfloat16.
     actor.autocast = critic.autocast = bool(c.actor and c.critic) and device.startswith("cuda")
@@ -913,7 +929,7 @@ def written(path):
     If the run is stopped meanwhile, or the disk is full, an old file at `path` is kept.
     """
     part = Path(f"{path}.part")
-    with explained(f"cannot write {path} (is the disk full?)"):
+    with explained(f"cannot write {path}"):
         try:
             yield part
             if part.is_dir():  # a folder cannot replace another
@@ -940,7 +956,8 @@ def read_episodes(path):
     for number, line in enumerate(lines, 1):
         with explained(f"{path}, line {number}, is not a list of turns [s, a, r, s', terminated]"):
             if line.strip():
-                episodes.append([checked(*turn) for turn in json.loads(line)])
+                episodes.append([checked(turn) for turn in json.loads(line)])
+    require(any(episodes), f"{path} has no turns")
     return episodes
 
 
@@ -948,6 +965,7 @@ def check(c):
     """Raises UserError for settings that cannot work."""
     require(__doc__, "transformers needs docstrings: use python -O in place of -OO")
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
+    require(GAMES, "no games: put envs.py beside archer.py, or a class of your own into GAMES")
     for name, known in choices.items():
         require(getattr(c, name) in known, f"--{name}: choose from {list(known)}")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
@@ -970,12 +988,18 @@ def trial_episode(c):
     """
     states = []
     with explained(f"{c.env} is not as README describes a game"), opened(GAMES[c.env]) as (game,):
+        if hasattr(game, "optimal_return"):
+            with explained("optimal_return()"):
+                float(type(game).optimal_return())
         with explained("reset(seed=0)"):
             s, _ = game.reset(seed=0)
-        for a in itertools.islice(itertools.cycle(("look", "", "?!")), 1000):
+            s = as_text(s, "observation")
+        for i in range(1000):
+            a = ("look", "", "?!")[i % 3]
             with explained(f"step({a!r})"):
                 s2, r, terminated, truncated, _ = game.step(a)
-            s, _, _, s2, _ = checked(s, a, r, s2, terminated)
+                _, _, _, s2, _ = checked((s, a, r, s2, terminated))
+                require(truncated in (True, False), f"truncated is {truncated!r}")
             states.append(s)
             if terminated or truncated:
                 return [*states, s2]
@@ -991,7 +1015,7 @@ def given_episodes(c):
     if not (demonstrate and c.demonstrations):
         return []
     with explained(f"the demonstrations of {c.env}"):
-        return [[checked(*turn) for turn in e] for e in demonstrate(c.demonstrations, seed=c.seed)]
+        return [[checked(turn) for turn in e] for e in demonstrate(c.demonstrations, seed=c.seed)]
 
 
 def with_tokens(episodes, actor):
@@ -1003,8 +1027,8 @@ def with_tokens(episodes, actor):
     most = actor.utterance_tokens
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
-    line = f"a line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
-    require(not lost, f"utterances the actor cannot say as {line}: {len(lost)}, such as {lost[:1]}")
+    line = f"one line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
+    require(not lost, f"{len(lost)} utterances are not {line}, such as {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 
@@ -1075,6 +1099,8 @@ def run(c, record=None):
             kept = [x for x in folder.iterdir() if x.suffix != ".part"]
             require(not kept, "it is not empty: --resume it, or another --out")
         print(f"writing into {folder}/; to go on after a stop: --resume {folder}")
+        if c.iterations <= c.warmup_iterations:
+            print("only the critic will learn: --iterations ends within the warm-up")
         if demonstrations:
             print(f"mean return of the demonstrations: {mean_return(demonstrations):.2f}")
         warm_start(actor, demonstrations, c)
@@ -1103,7 +1129,7 @@ def run(c, record=None):
     summary["end"] = mean_return(episodes)
     summary["greedy"] = mean_return(evaluate(random.Random(f"greedy {c.seed}"), greedy=True))
     if hasattr(game, "optimal_return"):
-        summary["optimum"] = game.optimal_return()
+        summary["optimum"] = float(game.optimal_return())
     summary |= {"episodes": learner.iteration * c.episodes, "seconds": round(time.time() - began)}
     write_json(folder / "summary.json", [summary])
     print("\n" + dialogue(episodes[0], actor, critic) + "\n")
@@ -1132,9 +1158,10 @@ def main(arguments=None):
             require(given.keys() <= {"iterations"}, "--resume takes no option but --iterations")
             with explained(f"cannot go on from {folder}"):
                 has_checkpoint = Path(folder, "checkpoint.pt").exists()
-                require(has_checkpoint, "it has no checkpoint: begin again, without --resume")
+                require(has_checkpoint, "no checkpoint.pt in it: give the folder of a run")
                 record = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
-                require("vocabulary" in record, "it is of an earlier version of archer.py")
+                known = "vocabulary" in record and record["config"].keys() <= vars(Config()).keys()
+                require(known, "it is of another version of archer.py")
                 c = Config(**(record["config"] | given | {"out": folder}))
                 require(c.env in GAMES, f"use the script that adds {c.env} to GAMES")
         else:
@@ -1149,6 +1176,8 @@ def main(arguments=None):
         return run(c, record)
     except (UserError, FloatingPointError) as error:
         parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\narcher: stopped; to go on from the last checkpoint: --resume\n")
     except torch.OutOfMemoryError:
         parser.exit(2, "\narcher: out of memory: try a smaller --micro-batch or --state-tokens\n")
     finally:
