@@ -1168,6 +1168,12 @@ TRIED = {
         SMALL_BATCH | {"episodes": 8} | AWR | {"critic_loss": "iql"},
         SMALL_BATCH | {"episodes": 8, "actor_loss": "compared"},
         SMALL_BATCH | {"episodes": 8, "actor_loss": "compared and baseline"},
+        SMALL_BATCH | {"episodes": 8, "capacity": 30_000},
+        SMALL_BATCH | {"episodes": 8, "capacity": 4000},
+        SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 8},
+        SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 16},
+        SMALL_BATCH | {"episodes": 8, "capacity": 4000, "actor_lr": 1e-4, "actor_steps": 8},
+        SMALL_BATCH | {"episodes": 8, "capacity": 2000, "actor_lr": 1e-4, "actor_steps": 8},
     ],
     "CHAI": [
         {"gamma": 0.97},
@@ -2040,8 +2046,7 @@ class Judged:
     """Games at random turns of the actor's play, its next utterances, and their true values.
 
     The true Q and V are means of discounted returns: `continuations` for each, in which the hidden
-    thing is drawn anew from those that are still possible. They have noise: `ceiling` is about what
-    a perfect critic's A would have as its correlation with theirs.
+    thing is drawn anew from those that are still possible. They have noise.
     """
 
     def __init__(self, actor, c, n=120, continuations=48):
@@ -2068,18 +2073,13 @@ class Judged:
         q = torch.tensor(returns(actor, copy.deepcopy(copies), c.gamma, first))
         fresh, _ = actor.act([game.observe() for game in copies])
         v = torch.tensor(returns(actor, copies, c.gamma, fresh))
-        q, v = q.view(n, -1), v.view(n, -1)
-        self.q, self.v = q.mean(1), v.mean(1)
-        # Squared, in the true A. Q and V continue the same drawn games: their errors are related.
-        noise = ((q - v).var(1) / continuations).mean()
-        self.ceiling = (1 - noise / (self.q - self.v).var()).clamp(min=0).sqrt().item()
+        self.q, self.v = q.view(n, -1).mean(1), v.view(n, -1).mean(1)
 
     @torch.no_grad()
     def correlations(self, critic):
-        """Of the critic's Q, V and A with the true ones, over all states."""
+        """Of the critic's Q, V (means of its heads) and A with the true ones, over all states."""
         q, v = critic(self.s, self.a)
-        q, v = q.min(0).values, v.min(0).values
-        pairs = (q, self.q), (v, self.v), (q - v, self.q - self.v)
+        pairs = (q.mean(0), self.q), (v.mean(0), self.v), (archer.advantage(q, v), self.q - self.v)
         return [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs]
 
 
@@ -2112,7 +2112,7 @@ def ranking_run(run):
     lines = []
 
     def judge(learner, judged, critic, when):
-        numbers = (*judged.correlations(learner.critic), judged.ceiling)
+        numbers = judged.correlations(learner.critic)
         lines.append((game, seed, critic, when, *(f"{x:.3f}" for x in numbers)))
 
     def iterate(learner, n, settings):
@@ -2146,15 +2146,15 @@ def ranking_run(run):
 
 def ranking(file=HERE / "ranking.csv"):
     """Measures what is missing, and prints a table: in a cell, median and range of three seeds."""
-    header = "game,seed,critic,when,q,v,advantage,ceiling"
+    header = "game,seed,critic,when,q,v,advantage"
     runs = [(game, seed) for seed in range(3) for game in RANKED]
     complete(file, header, runs, lambda run: run, ranking_run, 10)
     numbers = collections.defaultdict(list)
     for row in read_rows(file):
         key = (f"`{row['game']}`", row["critic"], row["when"])
-        numbers[key].append([float(row[x]) for x in ("q", "v", "advantage", "ceiling")])
+        numbers[key].append([float(row[x]) for x in ("q", "v", "advantage")])
     rows = [[*key, *(spread(x, 2) for x in zip(*n, strict=True))] for key, n in numbers.items()]
-    print(markdown(["game", "critic", "when", "Q", "V", "A", "a perfect A's"], rows))
+    print(markdown(["game", "critic", "when", "Q", "V", "A"], rows))
 
 
 # ==================================================================================================
