@@ -1,6 +1,7 @@
 """Makes what this folder, README and tutorial.ipynb show.
 
-python assets/make.py results            results.jsonl, games.png, curve.png and a table
+python assets/make.py readme             README's tables of results, from what has been played
+python assets/make.py results            results.jsonl, games.png, curve.png and its tables
 python assets/make.py results --draw     the same from what has been played
 python assets/make.py pretrained runs/*  pretrained.jsonl, pretrained.png and a table
 python assets/make.py pretrained         the same from what is in pretrained.jsonl
@@ -138,23 +139,38 @@ def episodes_to_95(row):
     return math.inf
 
 
+def runs_of_games(rows):
+    """{game: its runs}, of the games that have some."""
+    runs = {g: [rows[g, seed] for seed in seeds if (g, seed) in rows] for g, seeds in SEEDS.items()}
+    return {game: x for game, x in runs.items() if x}
+
+
 def results_table(rows):
     """README's table: a row for every game, medians over the seeds."""
     lines = []
-    for game, seeds in SEEDS.items():
-        runs = [rows[game, seed] for seed in seeds if (game, seed) in rows]
-        if not runs:
-            continue
-        line = [f"`{game}`", len(runs)]
-        for key in ("start", "end", "greedy", "optimum"):
-            line.append(f"{statistics.median(run[key] for run in runs):.2f}")
-        line.append(spread([gap_closed(run) for run in runs], 3))
-        known = [run for run in runs if "return" in run]
-        line.append(spread([episodes_to_95(run) for run in known]) if known else "")
-        lines.append([*line, spread([run["seconds"] for run in runs])])
-    gap = "gap closed: median (lowest to highest)"
-    header = ["game", "seeds", "start", "end", "greedy", "optimum", gap]
-    return markdown([*header, "episodes to 95 %", "seconds"], lines)
+    for game, runs in runs_of_games(rows).items():
+        line = [f"{statistics.median(run[x] for run in runs):.2f}" for x in ("start", "end")]
+        optimum = f"{GAMES[game].optimal_return():.2f}"
+        gap = spread([gap_closed(run) for run in runs], 3)
+        if hasattr(GAMES[game], "bound"):
+            optimum, gap = f"at most {optimum}", f"at least {gap}"
+        lines.append([f"`{game}`", *line, optimum, gap, len(runs)])
+    header = ["game", "start", "end", "optimum", "gap closed: median (range)", "seeds"]
+    return markdown(header, lines)
+
+
+def effort_table(rows):
+    """The rest of the summaries, and how many episodes it took."""
+    lines = []
+    for game, runs in runs_of_games(rows).items():
+        greedy = f"{statistics.median(run['greedy'] for run in runs):.2f}"
+        episodes = spread([episodes_to_95(run) for run in runs if "return" in run])
+        lines.append([f"`{game}`", greedy, episodes, spread([run["seconds"] for run in runs])])
+    return markdown(["game", "greedy end", "episodes to 95 %", "seconds"], lines)
+
+
+def read_results(file):
+    return {(row["game"], row["seed"]): row for row in read_lines(file)} if file.exists() else {}
 
 
 def plot_games(rows):
@@ -215,8 +231,7 @@ def results(draw=False, file=HERE / "results.jsonl"):
 
     Rows without curves are of earlier code. They are played again; until then games.png stays.
     """
-    played = read_lines(file) if file.exists() else []
-    rows = {(row["game"], row["seed"]): row for row in played}
+    rows = read_results(file)
     runs = [(game, seed) for game, seeds in SEEDS.items() for seed in seeds]
     missing = [run for run in runs if "return" not in rows.get(run, {})]
     if missing and not draw:
@@ -227,7 +242,7 @@ def results(draw=False, file=HERE / "results.jsonl"):
             for row in pool.imap_unordered(result_run, missing):
                 rows[row["game"], row["seed"]] = row
                 archer.write_json(file, [rows[run] for run in runs if run in rows])
-    print(results_table(rows))
+    print(results_table(rows) + "\n\n" + effort_table(rows))
     missing = [run for run in runs if "return" not in rows.get(run, {})]
     if (Config.env, 0) not in missing:
         plot_curve(rows[Config.env, 0])
@@ -1210,6 +1225,9 @@ TRIED = {
 }
 
 
+PAPER = {"ArCHer": 276, "CHAI": 274, "filtered BC": 267}  # points, read off a figure
+
+
 def points(episodes):
     """Mean score of episodes of the adventure, which begins with ten points."""
     return 10 + 10 * mean_return(episodes)
@@ -1339,7 +1357,8 @@ def adventure(path, file=HERE / "adventure.csv"):
         play_adventure(path, file)
     runs = read_adventure(file)
     print(tried_table(runs) + "\n\n" + shown_table(shown_runs(runs)))
-    plot_adventure(shown_runs(runs))
+    best = {(method, words(settings)) for method, settings in best_settings(runs).items()}
+    plot_adventure({key: x for key, x in shown_runs(runs).items() if key[1:] in best})
 
 
 def play_adventure(path, file):
@@ -1412,7 +1431,8 @@ def best_settings(runs):
     """{method: the settings with the best last fifth on the seed that is not shown}."""
 
     def score(method, settings):
-        return last_fifth(runs["usual", method, NOT_SHOWN, words(settings)])
+        run = runs.get(("usual", method, NOT_SHOWN, words(settings)))
+        return last_fifth(run) if run else -math.inf
 
     return {m: max(tried, key=functools.partial(score, m)) for m, tried in TRIED.items()}
 
@@ -1452,7 +1472,6 @@ def tried_table(runs):
 
 def shown_table(shown):
     """Greedily, CHAI's five utterances are the same: it plays like the warm-started actor."""
-    paper = {"ArCHer": 276, "CHAI": 274, "filtered BC": 267}
     rows = []
     for (kind, method, settings), runs in shown.items():
         measured = (
@@ -1465,7 +1484,7 @@ def shown_table(shown):
         if method == "CHAI":
             rows.append([kind, "warm start", "", len(runs), "", "", greedy, "", ""])
             greedy = ""
-        known = paper.get(method, "") if kind == "usual" else ""
+        known = PAPER.get(method, "") if kind == "usual" else ""
         rows.append([kind, method, settings, len(runs), last, arrived, greedy, sampled, known])
     order = ["warm start", *LOOKS]
     rows.sort(key=lambda row: (row[0], order.index(row[1])))
@@ -1940,6 +1959,61 @@ def plot_length(shown):
     title = f"median of five seeds\narrow: median does not arrive\n{numbers}"
     figure.legend(*lines, loc="outside right center", title=title, frameon=False)
     figure.savefig(HERE / "length.png", dpi=110)
+
+
+# ==================================================================================================
+# readme: its tables of results
+# ==================================================================================================
+
+
+def readme():
+    """Prints them. It is an error if README lacks one of their lines."""
+    tables = [
+        results_table(read_results(HERE / "results.jsonl")),
+        doors_of_readme(read_length(HERE / "length.csv")),
+        adventure_of_readme(read_adventure(HERE / "adventure.csv")),
+    ]
+    print("\n\n".join(tables))
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    missing = [line for table in tables for line in table.splitlines() if line not in lines]
+    if missing:
+        sys.exit("\n".join(["\nREADME.md lacks", *missing]))
+
+
+def doors_of_readme(runs):
+    """Median episodes until arrival, and how many seeds arrive."""
+    rows = []
+    for games, knobs, name in (
+        (LENGTHS, (6, 0), "6 doors"),
+        (LUCKS, (6, 4), "6 doors, luck 4"),
+        (LENGTHS, (24, 0), "24 doors"),
+    ):
+        best = best_of_doors(runs, next(iter(games)))
+        row = [name]
+        for method in TRIED:
+            keys = [(*knobs, method, seed, words(best[method])) for seed in range(5)]
+            episodes = [first(runs[key], 8) for key in keys]
+            median = statistics.median(episodes)
+            median = f"{median:.0f}" if math.isfinite(median) else "-"
+            row.append(f"{median} ({sum(map(math.isfinite, episodes))})")
+        rows.append(row)
+    return markdown(["", *TRIED], rows)
+
+
+def adventure_of_readme(runs):
+    """Medians and ranges of five seeds, from both kinds of demonstrations."""
+    rows = []
+    for method, settings in best_settings(runs).items():
+        usual, weak = (
+            [runs[kind, method, seed, words(settings)] for seed in range(5)]
+            for kind in ("usual", "weak")
+        )
+        row = [f"{method} with token baseline" if "actor_loss" in settings else method]
+        row.append(spread([last_fifth(run) for run in usual]))
+        row.append(spread([arrival(run, 276) for run in usual]))
+        rows.append([*row, spread([last_fifth(run) for run in weak]), PAPER.get(method, "")])
+    header = ["method", "points, last 240 of 1,200 episodes", "episodes until 32 average 276"]
+    return markdown([*header, "points, weak set", "paper (figure), GPT-2"], rows)
 
 
 # ==================================================================================================
@@ -2422,6 +2496,7 @@ def main():
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("readme")
     commands.add_parser("results").add_argument("--draw", action="store_true")
     commands.add_parser("pretrained").add_argument("folders", nargs="*")
     commands.add_parser("repeats").add_argument("folder")
@@ -2440,7 +2515,7 @@ def main():
     commands.add_parser("speed")
     commands.add_parser("released").add_argument("folder")
     options = vars(parser.parse_args())
-    functions = {"results": results, "pretrained": pretrained, "repeats": repeats}
+    functions = {"readme": readme, "results": results, "pretrained": pretrained, "repeats": repeats}
     functions |= {"notebook": notebook, "signs": signs, "study": study}
     functions |= {"fall": fall, "ranking": ranking, "price": price, "speed": speed}
     functions |= {"adventure": adventure, "frontier": frontier}
