@@ -176,18 +176,20 @@ class Actor(nn.Module):
     vocabulary = None  # of the tiny models' tokenizer, for checkpoints; set by `build`
 
     def __init__(self, model, tokenizer, utterance_tokens=8):
-        """model: in float32; many are saved in bfloat16, in which small steps are rounded away. Its
-        generation config is replaced (see `conventions`). tokenizer: needs `truncation_side="left"`
-        and a `model_max_length` that leaves the model room for an utterance. utterance_tokens: the
-        most per utterance, the end included. Afterwards call `.to(device)`."""
+        """model: in float32; many are saved in bfloat16, in which small steps are rounded away.
+        tokenizer: needs `truncation_side="left"` and a `model_max_length` that leaves the model
+        room for an utterance. utterance_tokens: the most per utterance, the end included.
+        Afterwards call `.to(device)`."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
         # The last tokens of a state. Cached: change neither the list nor, later, the tokenizer.
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
-        # Ids of the tokens that end an utterance, and the model's name for its cache.
-        self.ends, self.cache_name = conventions(model, tokenizer)
+        self.ends = nn.Buffer(torch.tensor(end_tokens(model, tokenizer)), persistent=False)
+        # The argument for a cache, which transformers 5.24 renamed.
+        new = "cache" in inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if new else "past_key_values"
 
     def forward(self, ids, mask, keep, cache=None):
         """Logits of the last `keep` positions, [B, keep, vocabulary], and the cache.
@@ -780,11 +782,8 @@ def tiny_models(tokens):
     return model, transformers.RobertaModel(transformers.RobertaConfig(**both, **roberta))
 
 
-def conventions(model, tokenizer):
-    """The tokens that end an utterance, and the name of `forward`'s argument for a cache.
-
-    Also sets the generation config: a saved model samples as `Actor` does, and stops at its ends.
-    """
+def end_tokens(model, tokenizer):
+    """Ids of the tokens that end an utterance: those with a newline, and the end of text."""
     # A model may have more tokens than its tokenizer; those have no text.
     vocabulary = model.config.get_text_config().vocab_size
     texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
@@ -793,11 +792,7 @@ def conventions(model, tokenizer):
     require("\n" in last, "its tokenizer drops a final newline, or adds a token after it")
     eos = model.generation_config.eos_token_id  # a number, a list or None
     eos = eos if isinstance(eos, list) else [eos]
-    ends = [i for i, text in enumerate(texts) if "\n" in text or i in eos]
-    sampling = transformers.GenerationConfig(do_sample=True, top_k=0, eos_token_id=ends)
-    model.generation_config = sampling
-    new = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.24
-    return nn.Buffer(torch.tensor(ends), persistent=False), "cache" if new else "past_key_values"
+    return [i for i, text in enumerate(texts) if "\n" in text or i in eos]
 
 
 def load(name, model_class, model, tokenizer, c, reserved=0):
@@ -842,6 +837,9 @@ def build(c, vocabulary):
         causal = transformers.AutoModelForCausalLM
         model, tokenizer = load(c.actor, causal, model, tokenizer, c, reserved=c.utterance_tokens)
         actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
+        # So that a saved model samples as `Actor` does, and stops where it does.
+        sampling = {"do_sample": True, "top_k": 0, "eos_token_id": actor.ends.tolist()}
+        model.generation_config = transformers.GenerationConfig(**sampling)
         actor.rows = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
         actor.act(["", "Hello.\n"])  # a trial: it fails now rather than hours later
         require(independent_of_batch(actor), "its output depends on the rest of a batch")
