@@ -673,9 +673,6 @@ CHANGES = {  # of ArCHer, game by game
     "twenty_questions_full": TWO_ADVANTAGES,
     "web_shop": LONG_WARMUP,
 }
-# Without a change one seed of five fails, too few to tell a cure from luck.
-MORE_SEEDS = range(5, 15)
-MORE_RUNS = {"ArCHer": {}} | CHANGES["detective"]
 OFFLINE = {  # learned from the 2,000 demonstrations alone
     "IQL + AWR": {"critic_loss": "iql", "actor_loss": "awr"},
     "SARSA + AWR": {"critic_loss": "iql", "expectile": 0.5, "actor_loss": "awr"},
@@ -799,9 +796,6 @@ def rest_shown(names, runs):
             usual = best_of(runs, "tried", game, "ArCHer", STUDY_TRIED)
             for name, settings in CHANGES[game].items():
                 shown.append(("changes", game, name, seed, usual | settings))
-        usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
-        for seed, (name, settings) in itertools.product(MORE_SEEDS, MORE_RUNS.items()):
-            shown.append(("changes", "detective", name, seed, usual | settings))
     if "offline" in names:
         for seed, (name, settings) in itertools.product(range(5), OFFLINE.items()):
             shown.append(("offline", "twenty_questions", name, seed, settings))
@@ -892,7 +886,6 @@ def study(names, draw=False, file=HERE / "study.csv"):
     print(tried_in_study(played) + "\n\n" + methods_table(shown, "games"))
     plot_methods(shown)
     if "changes" in names:
-        shown["changes", "detective", "ArCHer"] += shown["games", "detective", "ArCHer"]
         print("\n" + methods_table(shown, "changes"))
     for part, plot in PARTS.items():
         if part in names:
