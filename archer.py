@@ -1,8 +1,8 @@
 """ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model acts over many turns.
 
-Two networks learn in turn. A critic learns off-policy, from a replay buffer, the values of whole
-utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy gradient
-(Eq. 3), in which the critic's advantage weights all tokens of an utterance.
+Two networks learn alternately. A critic learns off-policy, from a replay buffer, the values of
+whole utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy
+gradient (Eq. 3), in which the critic's advantage weights all tokens of an utterance.
 
     python archer.py                          the detective game, a tiny GPT-2, a minute or two
     python archer.py --env twenty_questions   another game, seven minutes
@@ -165,10 +165,10 @@ class Actor(nn.Module):
 
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
-    gap. Position ids skip the padding, so that a row does not depend on its batch mates
-    (`independent_of_batch` finds models that depend on them, such as Mamba). Do not call `train()`:
-    with dropout, what is scored is not what was sampled. Only gradient checkpointing needs it: then
-    with all dropout rates 0, and around `log_probs` alone.
+    gap. Position ids skip the padding, so that a row does not depend on the rest of its batch
+    (`independent_of_batch` finds models whose rows do, such as Mamba). Do not call `train()`: with
+    dropout, what is scored is not what was sampled. The one exception is gradient checkpointing: it
+    needs `train()`, around `log_probs` alone and with every dropout rate at 0.
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
@@ -242,7 +242,7 @@ class Actor(nn.Module):
     def join(self, states, token_ids):
         """Each state and its utterance as one sequence: ids and mask, [B, T], and `spoken`, [B, L].
 
-        Utterances stand at the right edge. spoken is 1 at their tokens, 0 to the left of these.
+        Utterances are right-aligned. spoken is 1 at their tokens and 0 to the left of them.
         """
         rows = [self.tokens_of(s or "\n") + ids for s, ids in zip(states, token_ids, strict=True)]
         _, spoken = pad(token_ids, self.model.device, "left")
@@ -251,7 +251,7 @@ class Actor(nn.Module):
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
 
-        token_ids: lists, none empty, as they were sampled; a text tokenised again may have others.
+        token_ids: lists, none empty, as they were sampled; a re-tokenised text may have other ids.
         Returns log-probabilities, valid only where spoken is 1, and spoken: [B, L] each.
         """
         ids, mask, spoken = self.join(states, token_ids)
@@ -322,7 +322,7 @@ class DoubleCritic(nn.Module):
 def soft_update(target, online, tau):
     """target <- (1 - tau) target + tau online, parameter by parameter, after every critic step.
 
-    Both in float32: in bfloat16 small steps are rounded away, and the target stands still. Buffers,
+    Both in float32: in bfloat16 small updates are rounded away and the target never moves. Buffers,
     such as those of batch normalisation, are not copied; the critic has none that change.
     """
     for t, o in zip(target.parameters(), online.parameters(), strict=True):
@@ -334,7 +334,7 @@ def q_loss(q, r, done, next_v, gamma):
 
     q, next_v: [2, B]; row k of q learns from row k of next_v, without a minimum. next_v comes from
     the target network. r, done: [B], floats; done is 1 where the task ended, else 0; a time limit
-    that only cuts play is no end. Returns a mean over B, summed over the two heads.
+    that only truncates play does not count. Returns a mean over B, summed over the two heads.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
@@ -373,8 +373,8 @@ def descend(loss_of, examples, optimizer, c):
     examples: a list of tuples (x, y, ...). loss_of(xs, ys, ...): takes tuples of equal length;
     returns a loss, or a vector of losses whose sum is minimised. c.clip: the largest gradient norm.
     c.micro_batch: examples per backward pass; the gradients add up to the same step, in less
-    memory. optimizer: of one network, in one group. Raises FloatingPointError before a gradient
-    that is not finite is used.
+    memory. optimizer: of one network, with one parameter group. Raises FloatingPointError instead
+    of applying a gradient that is not finite.
     """
     optimizer.zero_grad()
     total = 0.0
@@ -472,7 +472,7 @@ class ArCHer:
         return metrics(self, q_and_v_losses, actor_updates)
 
     def utterances_for_v(self, transitions):
-        """For Eq. 2, what the current actor says at each state."""
+        """Utterances for Eq. 2: one per state, sampled from the current actor."""
         return self.actor.act([t.s for t in transitions])[0]
 
     def critic_losses(self, transitions, utterances):
@@ -511,7 +511,7 @@ class ArCHer:
         return list(zip(s, token_ids, A, strict=True))
 
     def loss_of_actor(self, s, token_ids, A):
-        """s, token_ids, A: a tuple each, of the examples of a batch, as `descend` passes them."""
+        """s, token_ids, A: tuples with one entry per example, as `descend` passes them."""
         log_p, spoken = self.actor.log_probs(s, token_ids)
         return actor_loss(log_p, spoken, torch.stack(A))
 
@@ -556,11 +556,11 @@ def actor_loss_with_baseline(log_p, spoken, A, v):
 
 
 def expectile_loss(v, q, expectile):
-    """V learns an expectile of Q over logged utterances; near 1, almost the best Q (Eq. 6).
+    """V learns an expectile of Q over logged utterances (Eq. 6).
 
-    v, q: [2, B]; q comes from the target network. The asymmetric square is of u = Q - V, as in IQL.
-    The paper, as quoted to us, has V - Q, which would give a low expectile. Returns a mean over B,
-    summed over the two heads.
+    v, q: [2, B]; q comes from the target network. With `expectile` near 1, V is almost the best Q.
+    The asymmetric squared loss is in u = Q - V, as in IQL. The paper, as transcribed for us, has
+    V - Q, which would give a low expectile. Returns a mean over B, summed over the two heads.
     """
     u = q.detach() - v
     weight = (expectile - (u < 0).to(u)).abs()
@@ -721,7 +721,7 @@ def explained(what):
 
 @contextlib.contextmanager
 def opened(game, n=1):
-    """n new games. In the end, whatever happened, those that have a `close` are closed."""
+    """n new games. On exit, even after an error, those that have a `close` are closed."""
     with contextlib.ExitStack() as stack:
         games = []
         for _ in range(n):
@@ -885,12 +885,12 @@ def metrics(learner, q_and_v_losses, actor_updates):
     """The numbers of an iteration, a dict; README shows some of healthy and of sick runs.
 
     Losses are means over the steps; actor_loss is that of the variant (of ppo, the last epoch's).
-    advantage, advantage_std: mean and spread of A. The rest is about the episodes played. value:
-    min V of their first states, on average; near discounted_return where few episodes are
-    truncated. entropy, token_entropy: the mean of -log p of an utterance, and of a token, in a
-    batch of those played. The actor scores them after its steps, so that this is a cross-entropy,
-    and jumps if the policy does. distinct: different utterances over all utterances. cut: the share
-    without an end token. tokens: per utterance.
+    advantage, advantage_std: mean and standard deviation of A. The rest is about the episodes
+    played. value: min V of their first states, on average; near discounted_return where few
+    episodes are truncated. entropy, token_entropy: the mean of -log p per utterance and per token,
+    in a batch of the utterances played. The actor scores them after its steps, so this is a
+    cross-entropy, and it jumps when the policy does. distinct: the share of distinct utterances.
+    cut: the share without an end token. tokens: the mean number per utterance.
     """
     q, v = torch.stack(q_and_v_losses).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
@@ -922,9 +922,9 @@ def metrics(learner, q_and_v_losses, actor_updates):
 
 @contextlib.contextmanager
 def written(path):
-    """Yields a path to write a file or a folder to, which is moved to `path` once it is whole.
+    """Yields a temporary path for a file or folder, which is moved to `path` once complete.
 
-    If the run is stopped meanwhile, or the disk is full, an old file at `path` is kept.
+    If the run is stopped before that, or the disk is full, an old file at `path` is kept.
     """
     part = Path(f"{path}.part")
     with explained(f"cannot write {path}"):
@@ -982,7 +982,7 @@ def check(c):
 def trial_episode(c):
     """The states of an episode of nonsense, which shows mistakes in a game before any work is lost.
 
-    Raises UserError if a turn is not as it should be, or if 1,000 turns are not the end.
+    Raises UserError if a turn is not as it should be, or if the episode is longer than 1,000 turns.
     """
     states = []
     with explained(f"{c.env} is not as README describes a game"), opened(GAMES[c.env]) as (game,):
@@ -1017,7 +1017,7 @@ def given_episodes(c):
 
 
 def with_tokens(episodes, actor):
-    """Lists of transitions. Raises UserError for utterances that the actor cannot say."""
+    """Lists of transitions. Raises UserError for utterances that the actor cannot generate."""
     encode = partial(actor.tokenizer.encode, add_special_tokens=False)
     # With the newline, since "?\n" may be one token.
     ids = {a: encode(a + "\n") for e in episodes for _, a, *_ in e}
@@ -1141,7 +1141,7 @@ def main(arguments=None):
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
     parser.add_argument("--resume", metavar="FOLDER", help="go on; may take --iterations")
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Without --help, which comes below, with the game's defaults.
+    # --help is handled below, where it shows the game's defaults.
     options = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
     game = GAMES.get(options.env)
     folder = options.resume
@@ -1170,7 +1170,7 @@ def main(arguments=None):
                 parser.set_defaults(**vars(Config(**(getattr(game, "settings", {}) | preset))))
             (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         if not (c.actor or c.critic):
-            torch.set_num_threads(1)  # more help tiny models little, and hurt on a busy machine
+            torch.set_num_threads(1)  # more threads hardly help, and hurt on a busy machine
         return run(c, record)
     except (UserError, FloatingPointError) as error:
         parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")

@@ -69,8 +69,8 @@ class TextGame:
     pretrained |= {"critic_steps": 40, "critic_lr": 1e-4, "actor_steps": 2, "actor_lr": 1e-5}
 
     def rules(self, position, hidden, utterance):
-        """Returns (next position, reply, reward, over). Pure; of self it reads only the class's
-        attributes and class methods. utterance: in lower case, with single spaces."""
+        """Returns (next position, reply, reward, over). Pure: reads only class attributes
+        and class methods. utterance: in lower case, with single spaces."""
         raise NotImplementedError
 
     def observe(self):
@@ -80,7 +80,7 @@ class TextGame:
     def reset(self, *, seed=None, options=None):
         """Starts an episode. Returns (observation, info).
 
-        options={"hidden": thing} chooses the hidden thing; otherwise `seed` does (None: chance).
+        options={"hidden": thing} chooses the hidden thing; otherwise `seed` does (None: at random).
         """
         self.hidden = (options or {}).get("hidden")
         if self.hidden is None:
@@ -276,9 +276,9 @@ class TwentyQuestionsFull(TwentyQuestions):
 
     Optimum between -6.47 and -6.22; random play -18.57, exact; demonstrations about -13.5.
 
-    The lower end is what `best_utterance` earns (`greedy_return`). It is greedy: it asks the
-    question that splits the belief most evenly. The upper end is a bound (`optimal_return`): the
-    best return if there were a question for every way to split the belief.
+    The lower bound is the return of `best_utterance` (`greedy_return`), which is greedy: it asks
+    the question that splits the belief most evenly. The upper bound (`optimal_return`) is the best
+    return if there were a question for every way to split the belief.
 
     The paper's game has 157 words, the same reward and 20 turns, and its oracle is a language
     model.
@@ -394,8 +394,8 @@ class TwentyQuestionsFull(TwentyQuestions):
     def best(cls, position, belief, turns_left):
         """Returns the question that splits the belief most evenly.
 
-        If no question has at least two things on each side, returns a guess instead: it splits off
-        one thing as well, and may win.
+        If no question has at least two things on each side, returns a guess instead: it also splits
+        off one thing, and may win.
         """
 
         def larger_part(question):
@@ -482,8 +482,8 @@ class GuessMyCity(TwentyQuestions):
     def plan(cls, belief):
         """Returns (expected return, best utterance) for a belief, a tuple of cities.
 
-        Valid while no fewer turns than cities are left. This holds at the start (20 and 16), and
-        goes on to hold if every turn rules out a city.
+        Valid while at least as many turns as cities are left. This holds at the start (20 and 16),
+        and continues to hold if every turn rules out a city.
         The return equals that of `value`, but `plan` is much faster, as it never considers a guess
         before a question. Nothing is lost by this. Suppose that a plan guesses first, and postpone
         that guess to the point where its city is the only one left. Then every other city is found
@@ -592,8 +592,8 @@ class WebShop(TextGame):
     observation shows. Only buying earns a reward: the share of the four wishes that the article
     meets, from 0 to 1. The size is met only if chosen since the article was opened. A search lists
     up to three articles, those that share the most words with it; no others can be opened. Play is
-    truncated after 10 turns. The observation is the goal and the dialogue since the latest search,
-    which forgets what was listed, opened and chosen before.
+    truncated after 10 turns. The observation is the goal and the dialogue since the latest search.
+    A new search clears what was listed, opened and chosen before.
 
     Optimum 1, in 4 turns; random play 0.01; demonstrations about 0.40.
 
