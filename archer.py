@@ -559,8 +559,8 @@ def expectile_loss(v, q, expectile):
     """V learns an expectile of Q over logged utterances (Eq. 6).
 
     v, q: [2, B]; q comes from the target network. With `expectile` near 1, V is almost the best Q.
-    The asymmetric squared loss is in u = Q - V, as in IQL. The paper, as transcribed for us, has
-    V - Q, which would give a low expectile. Returns a mean over B, summed over the two heads.
+    The asymmetric squared loss is in u = Q - V, as in IQL. The paper, as transcribed, has V - Q,
+    which would give a low expectile. Returns a mean over B, summed over the two heads.
     """
     u = q.detach() - v
     weight = (expectile - (u < 0).to(u)).abs()
