@@ -406,8 +406,7 @@ def rollout(game, actor, episodes, rng, greedy=False):
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
                 s2, r, terminated, truncated, _ = games[i].step(a)
-                with explained(f"step({a!r})"):
-                    s, a, r, s2, done = checked((states[i], a, r, s2, terminated))
+                s, a, r, s2, done = checked((states[i], a, r, s2, terminated))
                 played[i].append(Transition(s, a, ids, r, s2, done))
                 states[i] = s2
                 if terminated or truncated:
@@ -744,7 +743,7 @@ def checked(turn):
     """
     require(isinstance(turn, list | tuple) and len(turn) == 5, f"not a turn of five: {turn!r}")
     s, a, r, s2, done = turn
-    with explained(f"the reward {r!r}"):
+    with explained(f"the reward of {a!r}, {r!r}"):
         require(math.isfinite(r), "it is not finite")
     with explained(f"the end of the task, {done!r}"):
         require(done in (True, False), "it is not true or false")
@@ -962,8 +961,8 @@ def read_episodes(path):
 def check(c):
     """Raises UserError for settings that cannot work."""
     require(__doc__, "transformers needs docstrings: use python -O in place of -OO")
-    choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     require(GAMES, "no games: put envs.py beside archer.py, or a class of your own into GAMES")
+    choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
         require(getattr(c, name) in known, f"--{name}: choose from {list(known)}")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
@@ -1156,7 +1155,8 @@ def main(arguments=None):
             require(given.keys() <= {"iterations"}, "--resume takes no option but --iterations")
             with explained(f"cannot go on from {folder}"):
                 has_checkpoint = Path(folder, "checkpoint.pt").exists()
-                require(has_checkpoint, "no checkpoint.pt in it: give the folder of a run")
+                begin = "begin again, if the run was stopped before its first checkpoint"
+                require(has_checkpoint, f"no checkpoint.pt in it: give a run's folder, or {begin}")
                 record = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
                 known = "vocabulary" in record and record["config"].keys() <= vars(Config()).keys()
                 require(known, "it is of another version of archer.py")
