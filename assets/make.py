@@ -582,9 +582,11 @@ def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **set
     """One run: rows of `Measurements`, at the start and `points` times, evenly spread.
 
     Every method has the same warm start. size: layers and width of the actor, and the spread of its
-    initial weights. settings: of `Config`, or the method's own; the rest are the game's.
+    initial weights. settings: of `Config`, or the method's own; the rest are the game's, except
+    those that it only changes for ArCHer's sake.
     """
-    usual = Config(game, seed, offline=offline, **GAMES[game].settings)
+    usual = {name: x for name, x in GAMES[game].settings.items() if name not in SMALL_BUFFER}
+    usual = Config(game, seed, offline=offline, **usual)
     own, settings = own_settings(settings)
     c, actor, critic, demonstrations = archer.prepare(usual)
     c = dataclasses.replace(c, **settings)
@@ -618,9 +620,10 @@ def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **set
     return measurements.rows
 
 
-# All methods, games and seeds have so many episodes. Of each method's four settings, tried on the
-# same game on a seed that is not shown, the one with the best mean of the last fifth is shown; of
-# equals, the one that first closes 80 %.
+# All methods, games and seeds have so many episodes. Of each method's settings, tried on the same
+# game on a seed that is not shown, the one with the best mean of the last fifth is shown; of
+# equals, the one that first closes 80 %. There are four; on the two games that ask for the most
+# utterances, seven.
 # ArCHer's and CHAI's buffer begins with demonstrations, filtered BC's window too; REINFORCE and PPO
 # cannot use their rewards, and take a time limit for an end.
 STUDY_EPISODES = 2560
@@ -656,6 +659,42 @@ STUDY_TRIED = {
         {"episodes": 64, "actor_lr": 1e-3},
     ],
 }
+SLOW = {"actor_lr": 1e-4, "actor_steps": 8}
+SMALL_BUFFER = {"capacity": 4000} | SLOW
+
+
+def more_tried(episodes):
+    """Of ArCHer around the best of its four, which has so many episodes per iteration."""
+    return {
+        "ArCHer": [
+            {"episodes": episodes, "capacity": 4000},
+            {"episodes": episodes} | SLOW,
+            {"episodes": episodes} | SMALL_BUFFER,
+        ],
+        "CHAI": [
+            {"episodes": 16, "capacity": 4000},
+            {"episodes": 16, "critic_steps": 100},
+            {"episodes": 32, "gamma": 0.99},
+        ],
+        "filtered BC": [
+            {"episodes": 16, "actor_steps": 8, "window": 320},
+            {"episodes": 16, "actor_steps": 16, "window": 160},
+            {"episodes": 32, "actor_steps": 16, "window": 640},
+        ],
+        "PPO": [
+            {"episodes": 16, "ppo_epochs": 4, "actor_lr": 1e-4},
+            {"episodes": 32, "ppo_epochs": 2},
+            {"episodes": 64, "ppo_epochs": 4, "lam": 0.99},
+        ],
+        "REINFORCE": [
+            {"episodes": 8},
+            {"episodes": 16, "actor_lr": 1e-3},
+            {"episodes": 32, "actor_lr": 3e-3},
+        ],
+    }
+
+
+MORE_TRIED = {"web_shop": more_tried(16), "twenty_questions_full": more_tried(64)}
 ABLATIONS = {  # of ArCHer on the detective game
     "no target network": {"tau": 1.0},
     "one critic": {"method": "one critic"},
@@ -759,18 +798,22 @@ SIZES_TRIED = {
 }
 
 
+def tried_on(game):
+    """{method: the settings tried}."""
+    more = MORE_TRIED.get(game, {})
+    return {method: tried + more.get(method, []) for method, tried in STUDY_TRIED.items()}
+
+
 def methods_tried(game):
     """(part, game, name, seed, settings) a run."""
-    return [
-        ("tried", game, method, NOT_SHOWN, STUDY_TRIED[method][k])
-        for k in range(4)
-        for method in STUDY_TRIED
-    ]
+    tried = tried_on(game)
+    return [("tried", game, m, NOT_SHOWN, settings) for m in tried for settings in tried[m]]
 
 
 def methods_shown(game, runs):
     """The same, of what is shown. runs: of `read_study`."""
-    best = {method: best_of(runs, "tried", game, method, STUDY_TRIED) for method in STUDY_TRIED}
+    tried = tried_on(game)
+    best = {method: best_of(runs, "tried", game, method, tried) for method in tried}
     return [("games", game, m, seed, x) for seed in range(5) for m, x in best.items()]
 
 
@@ -786,14 +829,14 @@ def rest_shown(names, runs):
     """Ablations, changes, offline learning, sizes of the actor: those of them that are named."""
     shown = []
     if "ablations" in names:
-        usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
+        usual = best_of(runs, "tried", "detective", "ArCHer", tried_on("detective"))
         for seed in range(5):
             shown.append(("games", "detective", "ArCHer", seed, usual))
             for name, settings in ABLATIONS.items():
                 shown.append(("ablations", "detective", name, seed, usual | settings))
     if "changes" in names:
         for seed, game in itertools.product(range(5), CHANGES):
-            usual = best_of(runs, "tried", game, "ArCHer", STUDY_TRIED)
+            usual = best_of(runs, "tried", game, "ArCHer", tried_on(game))
             for name, settings in CHANGES[game].items():
                 shown.append(("changes", game, name, seed, usual | settings))
     if "offline" in names:
@@ -1180,8 +1223,10 @@ TRIED = {
         SMALL_BATCH | {"episodes": 8, "capacity": 4000},
         SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 8},
         SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 16},
-        SMALL_BATCH | {"episodes": 8, "capacity": 4000, "actor_lr": 1e-4, "actor_steps": 8},
+        SMALL_BATCH | {"episodes": 8} | SMALL_BUFFER,
         SMALL_BATCH | {"episodes": 8, "capacity": 2000, "actor_lr": 1e-4, "actor_steps": 8},
+        SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | SMALL_BUFFER,
+        SMALL_BATCH | {"episodes": 8, "gamma": 0.995} | SMALL_BUFFER,
     ],
     "CHAI": [
         {"gamma": 0.97},
