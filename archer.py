@@ -25,16 +25,15 @@ each member of the double critic. `spoken`, [B, L], is the mask of a batch's utt
 action mask); e_s is the encoder's embedding of s.
 """
 
-import argparse
 import collections
 import contextlib
 import copy
 import dataclasses
+import datetime
 import inspect
 import json
 import math
 import random
-import shutil
 import sys
 import time
 import typing
@@ -70,7 +69,7 @@ class Config:
     actor: str = setting("", "causal language model, name or folder; empty: a new tiny GPT-2")
     critic: str = setting("", "encoder or decoder, name or folder; empty: a new tiny RoBERTa")
     out: str = setting("", "folder to write into; empty: a new one under runs/")
-    checkpoint_every: int = setting(10, "iterations; 0: only at the start and at the end")
+    checkpoint_every: int = setting(10, "iterations; many: a stop loses more, few: slow")
 
     demonstrations: int = setting(2000, "to imitate, and to fill the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
@@ -102,7 +101,7 @@ class Config:
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
-    offline: str = setting("", "learn from this file only (sets episodes, capacity); empty: play")
+    offline: str = setting("", "file to learn from, all of it, without play; empty: play")
     evaluation_episodes: int = setting(500, "fresh ones: start, end, greedy end; few: noisy")
 
 
@@ -116,22 +115,19 @@ class Transition(typing.NamedTuple):
 
     s: str  # the state: all that the agent may know, as text that should end in a newline
     a: str  # the utterance, without its newline
-    # Its tokens as they were sampled (in demonstrations and files: as the text is tokenised), the
-    # end token included unless the utterance was cut.
-    ids: list[int]
+    ids: list[int]  # its tokens as they were sampled, the end token included unless it was cut
     r: float  # the reward
     s2: str  # the next state
-    # The task ended, so that s2 has the value 0. A time limit that is not part of the task
-    # (`truncated`) leaves it False: there the critic bootstraps.
-    done: bool
+    done: bool  # whether the task ended: V(s2) is 0. False where a time limit only truncates play
 
 
 class ReplayBuffer:
     """The last `capacity` transitions."""
 
-    def __init__(self, capacity, seed=0):
+    def __init__(self, capacity, rng):
+        """rng: a random.Random."""
         self.transitions = collections.deque(maxlen=capacity)
-        self.rng = random.Random(seed)
+        self.rng = rng
 
     def add(self, transitions):
         self.transitions.extend(transitions)
@@ -147,9 +143,9 @@ def pad(sequences, device, side):
     side: "left" or "right". No sequence may be empty.
     """
     rows = [torch.tensor(ids) for ids in sequences]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
-    mask = (ids >= 0).long()
-    return ids.clamp(min=0).to(device), mask.to(device)  # padding gets the id 0; it is masked
+    ones = [torch.ones_like(row) for row in rows]
+    padded = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)  # with 0
+    return padded(rows).to(device), padded(ones).to(device)
 
 
 def split(items, size):
@@ -172,20 +168,20 @@ class Actor(nn.Module):
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
-    rows = 512  # the batch size of generation; set by `build`
     vocabulary = None  # of the tiny models' tokenizer, for checkpoints; set by `build`
 
-    def __init__(self, model, tokenizer, utterance_tokens=8):
+    def __init__(self, model, tokenizer, utterance_tokens=8, batch=512):
         """model: in float32; many are saved in bfloat16, in which small steps are rounded away.
         tokenizer: needs `truncation_side="left"` and a `model_max_length` that leaves the model
-        room for an utterance. utterance_tokens: the most per utterance, the end included.
-        Afterwards call `.to(device)`."""
+        room for an utterance. utterance_tokens: the most per utterance, the end included. batch:
+        the most utterances that are generated at once. Afterwards call `.to(device)`."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
         # The last tokens of a state. Cached: change neither the list nor, later, the tokenizer.
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
+        self.batch = batch
         self.ends = nn.Buffer(torch.tensor(end_tokens(model, tokenizer)), persistent=False)
         # The argument for a cache, which transformers 5.24 renamed.
         new = "cache" in inspect.signature(model.forward).parameters
@@ -209,7 +205,9 @@ class Actor(nn.Module):
         Returns lists of texts, without the newline, and of token ids, with the end token unless the
         utterance was cut.
         """
-        token_ids = [ids for part in split(states, self.rows) for ids in self.speak(part, greedy)]
+        token_ids = []
+        for part in split(states, self.batch):
+            token_ids += self.speak(part, greedy)
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [text.split("\n")[0] for text in texts], token_ids
 
@@ -224,13 +222,14 @@ class Actor(nn.Module):
         cache.reorder_cache(row_of)  # repeats rows: from here on one per state
         logits, mask = logits[row_of], mask[row_of]
         tokens = torch.full((len(states), self.utterance_tokens), -1, device=ids.device)
-        # `tokens` has a row per state; logits, mask and cache only have the rows of `active`.
-        active = torch.arange(len(states), device=ids.device)  # those that have not ended
+        # The states whose utterance has not ended, such as [0, 2, 3]. `tokens` has a row for each
+        # state, logits, mask and cache only for these.
+        active = torch.arange(len(states), device=ids.device)
         for i in range(self.utterance_tokens):
             p = logits[:, -1].softmax(1)
             token = p.argmax(1) if greedy else torch.multinomial(p, 1).squeeze(1)
             tokens[active, i] = token
-            unended = torch.isin(token, self.ends, invert=True).nonzero().squeeze(1)
+            unended = torch.isin(token, self.ends, invert=True).nonzero().squeeze(1)  # of `active`
             if len(unended) == 0 or i + 1 == self.utterance_tokens:
                 break
             active = active[unended]
@@ -245,8 +244,9 @@ class Actor(nn.Module):
         Utterances are right-aligned. spoken is 1 at their tokens and 0 to the left of them.
         """
         rows = [self.tokens_of(s or "\n") + ids for s, ids in zip(states, token_ids, strict=True)]
+        ids, mask = pad(rows, self.model.device, "left")
         _, spoken = pad(token_ids, self.model.device, "left")
-        return *pad(rows, self.model.device, "left"), spoken
+        return ids, mask, spoken
 
     def log_probs(self, states, token_ids):
         """log pi(a^i | s, a^{1:i-1}) of every token of the utterances, the end token included.
@@ -256,8 +256,8 @@ class Actor(nn.Module):
         """
         ids, mask, spoken = self.join(states, token_ids)
         L = spoken.shape[1]
-        logits, _ = self(ids, mask, keep=L + 1)
-        log_p = logits[:, :-1].log_softmax(2)  # the logits at i-1 predict token i
+        logits, _ = self(ids, mask, keep=L + 1)  # one more: the logits at i-1 predict token i
+        log_p = logits[:, :-1].log_softmax(2)
         return log_p.gather(2, ids[:, -L:, None]).squeeze(2), spoken
 
 
@@ -332,9 +332,9 @@ def soft_update(target, online, tau):
 def q_loss(q, r, done, next_v, gamma):
     """Q learns the reward plus the discounted value of the next state (Eq. 1).
 
-    q, next_v: [2, B]; row k of q learns from row k of next_v, without a minimum. next_v comes from
-    the target network. r, done: [B], floats; done is 1 where the task ended, else 0; a time limit
-    that only truncates play does not count. Returns a mean over B, summed over the two heads.
+    q, next_v: [2, B]; Q1 learns from V1, Q2 from V2, not from the lower of the two. next_v comes
+    from the target network. r, done: [B], floats; done is 1 where the task ended, else 0; a time
+    limit that only truncates play does not count. Returns a mean over B, summed over the two heads.
     """
     target = r + gamma * (1 - done) * next_v
     return (q - target.detach()).pow(2).mean(1).sum()
@@ -343,8 +343,8 @@ def q_loss(q, r, done, next_v, gamma):
 def v_loss(v, fresh_q):
     """V learns the Q of an utterance sampled from the current actor, not of the logged one (Eq. 2).
 
-    v, fresh_q: [2, B]; row k of v learns from row k of fresh_q, from the target network. Returns a
-    mean over B, summed over the two heads.
+    v, fresh_q: [2, B]; V1 learns from Q1, V2 from Q2, of the target network. Returns a mean over B,
+    summed over the two heads.
     """
     return (v - fresh_q.detach()).pow(2).mean(1).sum()
 
@@ -362,7 +362,8 @@ def actor_loss(log_p, spoken, A):
     """The policy gradient: -A times the SUM of an utterance's log-probabilities (Eq. 3).
 
     Eq. 3 is to be maximised, hence the sign. log_p, spoken: [B, L]; log_p must be finite where
-    spoken is 0, too. A: [B], not [B, 1]. Returns a mean over B.
+    spoken is 0, too, since 0 times infinity is not a number. A: [B], not [B, 1]. Returns a mean
+    over B.
     """
     return -(A.detach() * (log_p * spoken).sum(1)).mean()
 
@@ -371,8 +372,8 @@ def descend(loss_of, examples, optimizer, c):
     """One clipped step on a loss that is a mean over examples. Returns the loss, detached.
 
     examples: a list of tuples (x, y, ...). loss_of(xs, ys, ...): takes tuples of equal length;
-    returns a loss, or a vector of losses whose sum is minimised. c.clip: the largest gradient norm.
-    c.micro_batch: examples per backward pass; the gradients add up to the same step, in less
+    returns a loss, or a vector of losses, whose sum is minimised. c.clip: the largest gradient
+    norm. c.micro_batch: examples per backward pass; the gradients add up to the same step, in less
     memory. optimizer: of one network, with one parameter group. Raises FloatingPointError instead
     of applying a gradient that is not finite.
     """
@@ -400,8 +401,8 @@ def rollout(game, actor, episodes, rng, greedy=False):
     """
     played = [[] for _ in range(episodes)]
     with opened(game, episodes) as games:
-        starts = [as_text(g.reset(seed=rng.randrange(2**31))[0], "observation") for g in games]
-        states = dict(enumerate(starts))
+        begun = [g.reset(seed=rng.randrange(2**31)) for g in games]
+        states = {i: as_text(s, "observation") for i, (s, _) in enumerate(begun)}
         while states:  # of the games that still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
@@ -418,20 +419,17 @@ class ArCHer:
     """Algorithm 1: `iterate` is one iteration, and changes actor and critic in place.
 
         settings = GAMES["detective"].settings  # what this game changes
-        c, actor, critic, demonstrations = prepare(Config("detective", **settings))
+        c, actor, critic, demonstrations = prepare(Config(env="detective", **settings))
         warm_start(actor, demonstrations, c)
         learner = variant(c)(GAMES[c.env], actor, critic, demonstrations, c)
         for _ in range(c.iterations):
             print(learner.iterate())
 
     With `c.episodes` of 0 it learns offline. The losses are functions of tensors; the methods
-    `loss_of_actor` and `critic_losses` feed them. `state_dict` covers all that an iteration
-    changes: on a CPU, and in games that draw from their seed alone, a resumed run equals an
-    uninterrupted one bit for bit.
+    `loss_of_actor` and `critic_losses` feed them. `state_of` covers all that an iteration changes:
+    on a CPU, and in games that draw from their seed alone, a resumed run equals an uninterrupted
+    one bit for bit.
     """
-
-    # The attributes that have a state_dict of their own.
-    stateful = ("actor", "critic", "target", "actor_optimizer", "critic_optimizer")
 
     def __init__(self, game, actor, critic, demonstrations, c):
         """game, demonstrations: a class and episodes, as in `rollout`. c: a Config."""
@@ -442,22 +440,23 @@ class ArCHer:
         self.target = copy.deepcopy(critic).requires_grad_(False)  # of Q and V (Alg. 1, line 1)
         self.actor_optimizer = torch.optim.Adam(actor.parameters(), c.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(critic.parameters(), c.critic_lr, fused=True)
-        self.buffer = ReplayBuffer(c.capacity, c.seed)  # (Alg. 1, line 2)
+        self.rng = random.Random(c.seed)
+        self.buffer = ReplayBuffer(c.capacity, self.rng)  # (Alg. 1, line 2)
         self.buffer.add(t for e in demonstrations for t in e)  # the last `capacity` turns stay
         self.iteration = 0
 
     def iterate(self):
         """One iteration (Alg. 1, line 3). Returns its metrics, a dict."""
         c = self.c
-        # Play (Alg. 1, lines 4-7). The games' seeds are from the buffer's generator.
-        self.played = rollout(self.game, self.actor, c.episodes, self.buffer.rng)
+        # Play (Alg. 1, lines 4-7).
+        self.played = rollout(self.game, self.actor, c.episodes, self.rng)
         self.buffer.add(t for episode in self.played for t in episode)
 
         # The actor does not change while the critic learns, so all utterances for Eq. 2 are drawn
         # at once, at states sorted by length to save padding; then the pairs are shuffled.
         transitions = sorted(self.buffer.sample(c.critic_steps * c.batch), key=lambda t: len(t.s))
         examples = list(zip(transitions, self.utterances_for_v(transitions), strict=True))
-        self.buffer.rng.shuffle(examples)
+        self.rng.shuffle(examples)
         q_and_v_losses = []
         for batch in split(examples, c.batch):
             # Q and V step together, since they share an encoder. (Alg. 1, lines 8-11)
@@ -481,6 +480,7 @@ class ArCHer:
         """
         s, a, _, r, s2, done = zip(*transitions, strict=True)
         q, v = self.critic(s, a)
+        # The target network is frozen: what follows has no gradients.
         e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).chunk(3)
         next_v = self.target.v(e_s2)
         fresh_q = self.target.q(e_s, e_fresh)
@@ -513,24 +513,6 @@ class ArCHer:
         """s, token_ids, A: tuples with one entry per example, as `descend` passes them."""
         log_p, spoken = self.actor.log_probs(s, token_ids)
         return actor_loss(log_p, spoken, torch.stack(A))
-
-    def state_dict(self):
-        """Tensors and plain values: `torch.load(..., weights_only=True)` reads them."""
-        state = {name: getattr(self, name).state_dict() for name in self.stateful}
-        # Plain tuples, since `weights_only` refuses a namedtuple.
-        state |= {"iteration": self.iteration, "buffer": list(map(tuple, self.buffer.transitions))}
-        state |= {"rng": self.buffer.rng.getstate(), "torch_rng": torch.get_rng_state()}
-        return state | {"cuda_rng": torch.cuda.get_rng_state_all()}
-
-    def load_state_dict(self, state):
-        for name in self.stateful:
-            getattr(self, name).load_state_dict(state[name])
-        self.buffer.transitions.clear()
-        self.buffer.add(Transition(*t) for t in state["buffer"])
-        self.iteration = state["iteration"]
-        self.buffer.rng.setstate(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
 
 
 # ==================================================================================================
@@ -593,20 +575,19 @@ class TokenBaseline(nn.Module):
 
     def __init__(self, actor):
         super().__init__()
-        self.join = actor.join  # a method, so that the actor does not become a submodule
-        self.autocast = actor.autocast
-        self.model = copy.deepcopy(actor.model)
-        h = self.model.config.get_text_config().hidden_size
-        self.head = nn.Linear(h, 1, device=self.model.device)
+        self.actor = copy.deepcopy(actor)
+        model = self.actor.model
+        h = model.config.get_text_config().hidden_size
+        self.head = nn.Linear(h, 1, device=model.device)
 
     def forward(self, states, token_ids):
         """The value before each token of the utterances, and `spoken`: [B, L] each."""
-        ids, mask, spoken = self.join(states, token_ids)
+        ids, mask, spoken = self.actor.join(states, token_ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        # The logits are not used.
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-            out = self.model(**x, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        x |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.actor.autocast):
+            out = self.actor.model(**x)
         L = spoken.shape[1]
         hidden = out.hidden_states[-1][:, -L - 1 : -1].float()  # the state at i-1 is for token i
         return self.head(hidden).squeeze(2), spoken
@@ -615,8 +596,6 @@ class TokenBaseline(nn.Module):
 class WithBaseline(ArCHer):
     """Eqs. 4 and 5. Baseline steps precede every actor step, so that the warm-up has none; in
     Algorithm 1 they come once per iteration."""
-
-    stateful = (*ArCHer.stateful, "baseline", "baseline_optimizer")
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -719,7 +698,7 @@ def explained(what):
 
 
 @contextlib.contextmanager
-def opened(game, n=1):
+def opened(game, n):
     """n new games. On exit, even after an error, those that have a `close` are closed."""
     with contextlib.ExitStack() as stack:
         games = []
@@ -784,8 +763,8 @@ def tiny_models(tokens):
 def end_tokens(model, tokenizer):
     """Ids of the tokens that end an utterance: those with a newline, and the end of text."""
     # A model may have more tokens than its tokenizer; those have no text.
-    vocabulary = model.config.get_text_config().vocab_size
-    texts = tokenizer.batch_decode([[i] for i in range(vocabulary)])
+    size = model.config.get_text_config().vocab_size
+    texts = tokenizer.batch_decode([[i] for i in range(size)])
     # Some tokenizers have no newline, others append a special token to every text.
     last = tokenizer.batch_decode([tokenizer.encode("\n")[-1:]])[0]
     require("\n" in last, "its tokenizer drops a final newline, or adds a token after it")
@@ -835,11 +814,11 @@ def build(c, vocabulary):
     with explained(f"cannot use --actor {c.actor!r} on {device!r}"):
         causal = transformers.AutoModelForCausalLM
         model, tokenizer = load(c.actor, causal, model, tokenizer, c, reserved=c.utterance_tokens)
-        actor = Actor(model, tokenizer, c.utterance_tokens).to(device)
+        batch = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
+        actor = Actor(model, tokenizer, c.utterance_tokens, batch).to(device)
         # So that a saved model samples as `Actor` does, and stops where it does.
         sampling = {"do_sample": True, "top_k": 0, "eos_token_id": actor.ends.tolist()}
         model.generation_config = transformers.GenerationConfig(**sampling)
-        actor.rows = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
         actor.act(["", "Hello.\n"])  # a trial: it fails now rather than hours later
         require(independent_of_batch(actor), "its output depends on the rest of a batch")
     with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
@@ -921,20 +900,14 @@ def metrics(learner, q_and_v_losses, actor_updates):
 
 @contextlib.contextmanager
 def written(path):
-    """Yields a temporary path for a file or folder, which is moved to `path` once complete.
+    """Yields a temporary path for a file, which is moved to `path` once complete.
 
     If the run is stopped before that, or the disk is full, an old file at `path` is kept.
     """
     part = Path(f"{path}.part")
     with explained(f"cannot write {path}"):
-        try:
-            yield part
-            if part.is_dir():  # a folder cannot replace another
-                shutil.rmtree(path, ignore_errors=True)
-            part.replace(path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-            part.unlink(missing_ok=True)
+        yield part
+        part.replace(path)
 
 
 def write_json(path, values):
@@ -945,63 +918,45 @@ def write_json(path, values):
 
 def read_episodes(path):
     """One episode per line, in JSON: a list of turns [s, a, r, s', terminated]. See `checked`."""
-    with explained(f"cannot read {path}"):
-        # Not splitlines, which also splits at U+2028. "utf-8-sig" drops a byte-order mark,
-        # "surrogatepass" admits lone surrogates, which `as_text` replaces.
-        lines = Path(path).read_text("utf-8-sig", "surrogatepass").split("\n")
     episodes = []
-    for number, line in enumerate(lines, 1):
-        with explained(f"{path}, line {number}, is not a list of turns [s, a, r, s', terminated]"):
-            if line.strip():
-                episodes.append([checked(turn) for turn in json.loads(line)])
+    # "utf-8-sig" drops a byte-order mark.
+    with explained(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            with explained(f"line {number} is not a list of turns [s, a, r, s', terminated]"):
+                if line.strip():
+                    episodes.append([checked(turn) for turn in json.loads(line)])
     require(any(episodes), f"{path} has no turns")
     return episodes
 
 
 def check(c):
     """Raises UserError for settings that cannot work."""
-    require(__doc__, "transformers needs docstrings: use python -O in place of -OO")
     require(GAMES, "no games: put envs.py beside archer.py, or a class of your own into GAMES")
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
         require(getattr(c, name) in known, f"--{name}: choose from {list(known)}")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
-    least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes"), 1)
+    least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes", "checkpoint_every"), 1)
     most = dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "gamma", "tau", "expectile"), 1)
     for field in dataclasses.fields(c):
         name, value = field.name, getattr(c, field.name)
-        types = (int, float) if field.type is float else field.type
+        types = (int, float) if field.type is float else (field.type,)
         kind = field.type.__name__
-        require(isinstance(value, types), f"--{name} must be of type {kind}, not {value!r}")
+        require(type(value) in types, f"--{name} must be of type {kind}, not {value!r}")
         if field.type is not str:
             low, high = least.get(name, 0), most.get(name, 1e9)
             require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
 
 
-def trial_episode(c):
-    """The states of an episode of nonsense, which shows mistakes in a game before any work is lost.
+class Nonsense:
+    """Plays a game in an actor's place, so that its mistakes show before any work is lost."""
 
-    Raises UserError if a turn is not as it should be, or if the episode is longer than 1,000 turns.
-    """
-    states = []
-    with explained(f"{c.env} is not as README describes a game"), opened(GAMES[c.env]) as (game,):
-        if hasattr(game, "optimal_return"):
-            with explained("optimal_return()"):
-                float(type(game).optimal_return())
-        with explained("reset(seed=0)"):
-            s, _ = game.reset(seed=0)
-            s = as_text(s, "observation")
-        for i in range(1000):
-            a = ("look", "", "?!")[i % 3]
-            with explained(f"step({a!r})"):
-                s2, r, terminated, truncated, _ = game.step(a)
-                _, _, _, s2, _ = checked((s, a, r, s2, terminated))
-                require(truncated in (True, False), f"truncated is {truncated!r}")
-            states.append(s)
-            if terminated or truncated:
-                return [*states, s2]
-            s = s2
-        raise UserError("after 1,000 turns an episode is neither terminated nor truncated")
+    turns = 0
+
+    def act(self, states, greedy):
+        self.turns += 1
+        require(self.turns <= 1000, "after 1,000 turns it is neither terminated nor truncated")
+        return [("look", "", "?!")[self.turns % 3]], [[]]
 
 
 def given_episodes(c):
@@ -1036,11 +991,10 @@ def prepare(c, vocabulary=None):
     settings as they will be used, actor, critic, and the episodes to begin with (demonstrations, or
     the offline file; none if it is resumed), lists of transitions.
     """
-    # Checkpoints and files of settings hold Python's numbers, not numpy's.
-    c = dataclasses.replace(c, **{k: x.item() for k, x in vars(c).items() if hasattr(x, "item")})
     check(c)
     transformers.set_seed(c.seed)  # of torch, and of random and numpy, from which a game may draw
-    first, second, *_ = trial_episode(c)
+    with explained(f"{c.env} is not as README describes a game"):
+        (trial,) = rollout(GAMES[c.env], Nonsense(), 1, random.Random(c.seed))
     episodes = [] if vocabulary else given_episodes(c)
     if c.offline and not vocabulary:  # no play, and all of the file in the buffer
         c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, episodes)))
@@ -1049,11 +1003,11 @@ def prepare(c, vocabulary=None):
     require(can_begin, "nothing to begin with: it needs demonstrations, or an --actor that plays")
     texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
     actor, critic = build(c, vocabulary or learn_vocabulary(texts))
-    for reader in (actor, critic):
-        longest = max(map(len, reader.tokenizer([first, second]).input_ids))
-        room = reader.tokenizer.model_max_length
-        long = f"an observation has {longest} tokens, but --state-tokens or a model allows {room}"
-        require(longest <= room, long)
+    for tokenizer in (actor.tokenizer, critic.tokenizer):
+        n = len(tokenizer.encode(trial[0].s))
+        room = tokenizer.model_max_length
+        message = f"an observation has {n} tokens, but --state-tokens or a model allows {room}"
+        require(n <= room, message)
     return c, actor, critic, with_tokens(episodes, actor)
 
 
@@ -1069,10 +1023,36 @@ def dialogue(episode, actor, critic):
     return "\n".join([*lines, episode[-1].s2.strip()[-80:]])
 
 
+def state_of(learner):
+    """All that an iteration changes; `torch.load(..., weights_only=True)` reads it."""
+    # Of the networks and their optimizers.
+    state = {name: x.state_dict() for name, x in vars(learner).items() if hasattr(x, "state_dict")}
+    return state | {
+        "iteration": learner.iteration,
+        "buffer": [tuple(t) for t in learner.buffer.transitions],  # it refuses a namedtuple
+        "rng": learner.rng.getstate(),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all(),
+    }
+
+
+def restore(learner, state):
+    """Puts a learner, and torch's generators, into a state from `state_of`."""
+    for name, x in vars(learner).items():
+        if hasattr(x, "load_state_dict"):
+            x.load_state_dict(state[name])
+    learner.iteration = state["iteration"]
+    learner.buffer.transitions.clear()
+    learner.buffer.add(Transition(*t) for t in state["buffer"])
+    learner.rng.setstate(state["rng"])
+    torch.set_rng_state(state["torch_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
+
+
 def write_checkpoint(folder, record, learner):
     """What `run` has on record, with the learner's state, and the settings for people to read."""
     with written(folder / "checkpoint.pt") as part:
-        torch.save(record | {"learner": learner.state_dict()}, part)
+        torch.save(record | {"learner": state_of(learner)}, part)
     write_json(folder / "config.json", [record["config"]])
 
 
@@ -1087,8 +1067,10 @@ def run(c, record=None):
     c, actor, critic, demonstrations = prepare(c, record["vocabulary"] if record else None)
     game = GAMES[c.env]
     evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # still lacks its `rng`
-    now = f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
-    folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now}")
+    now = datetime.datetime.now()
+    folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now:%Y%m%d-%H%M%S-%f}")
+    with explained(f"the optimal_return of {c.env}"):
+        optimum = float(game.optimal_return()) if hasattr(game, "optimal_return") else None
     if not record:
         with explained(f"cannot begin in {folder}"):
             folder.mkdir(parents=True, exist_ok=bool(c.out))
@@ -1108,25 +1090,25 @@ def run(c, record=None):
     learner = variant(c)(game, actor, critic, demonstrations, c)
     if "learner" in record:
         with explained(f"cannot load the checkpoint in {folder} (is it of another run?)"):
-            learner.load_state_dict(record.pop("learner"))
+            restore(learner, record.pop("learner"))
     bar = tqdm(range(learner.iteration, c.iterations), "ArCHer")
     for i in bar:
-        if i % (c.checkpoint_every or c.iterations) == 0:  # with 0: only at i = 0, and at the end
+        if i % c.checkpoint_every == 0:
             write_checkpoint(folder, record, learner)
         numbers = learner.iterate()
         bar.set_postfix({"return": numbers.get("return", "-")})
         record["metrics"].append(numbers)
         write_json(folder / "metrics.jsonl", record["metrics"])
     write_checkpoint(folder, record, learner)
-    with written(folder / "actor") as part:
-        actor.model.save_pretrained(part)
-        actor.tokenizer.save_pretrained(part)
+    with explained(f"cannot write {folder}/actor"):
+        actor.model.save_pretrained(folder / "actor")
+        actor.tokenizer.save_pretrained(folder / "actor")
     episodes = evaluate(random.Random(f"end {c.seed}"))
     summary = {"game": c.env, "seed": c.seed, "start": record["start"]}
     summary["end"] = mean_return(episodes)
     summary["greedy"] = mean_return(evaluate(random.Random(f"greedy {c.seed}"), greedy=True))
-    if hasattr(game, "optimal_return"):
-        summary["optimum"] = float(game.optimal_return())
+    if optimum is not None:
+        summary["optimum"] = optimum
     summary |= {"episodes": learner.iteration * c.episodes, "seconds": round(time.time() - began)}
     write_json(folder / "summary.json", [summary])
     print("\n" + dialogue(episodes[0], actor, critic) + "\n")
@@ -1140,7 +1122,7 @@ def main(arguments=None):
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
     parser.add_argument("--resume", metavar="FOLDER", help="go on; may take --iterations")
     arguments = sys.argv[1:] if arguments is None else arguments
-    # --help is handled below, where it shows the game's defaults.
+    # Parsed twice, first for what decides the defaults; --help is for the second time.
     options = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
     game = GAMES.get(options.env)
     folder = options.resume
@@ -1148,27 +1130,20 @@ def main(arguments=None):
     record = None
     try:
         if folder is not None:
-            unset = argparse.Namespace(**dict.fromkeys(vars(options)))  # all None
-            parsed = vars(parser.parse_args(arguments, unset))
-            given = {name: value for name, value in parsed.items() if value is not None}
-            del given["resume"]
-            require(given.keys() <= {"iterations"}, "--resume takes no option but --iterations")
-            with explained(f"cannot go on from {folder}"):
-                has_checkpoint = Path(folder, "checkpoint.pt").exists()
-                begin = "begin again, if the run was stopped before its first checkpoint"
-                require(has_checkpoint, f"no checkpoint.pt in it: give a run's folder, or {begin}")
+            with explained(f"cannot go on from {folder} (a run's folder has a checkpoint.pt)"):
                 record = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
-                known = "vocabulary" in record and record["config"].keys() <= vars(Config()).keys()
-                require(known, "it is of another version of archer.py")
-                c = Config(**(record["config"] | given | {"out": folder}))
-                require(c.env in GAMES, f"use the script that adds {c.env} to GAMES")
+                defaults = Config(**(record["config"] | {"out": folder}))
         else:
             # An unknown game is refused by `check`.
             preset = getattr(game, options.preset, None) if game and options.preset else {}
             require(preset is not None, f"the game {options.env} has no preset {options.preset}")
             with explained(f"the settings of {options.env}"):
-                parser.set_defaults(**vars(Config(**(getattr(game, "settings", {}) | preset))))
-            (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+                defaults = Config(**(getattr(game, "settings", {}) | preset))
+        parser.set_defaults(**vars(defaults))
+        (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        if record:
+            same = dataclasses.replace(c, iterations=defaults.iterations) == defaults
+            require(same and not options.preset, "--resume takes no option but --iterations")
         if not (c.actor or c.critic):
             torch.set_num_threads(1)  # more threads hardly help, and hurt on a busy machine
         return run(c, record)
