@@ -118,7 +118,7 @@ class Transition(typing.NamedTuple):
     ids: list[int]  # its tokens as they were sampled, the end token included unless it was cut
     r: float  # the reward
     s2: str  # the next state
-    done: bool  # whether the task ended: V(s2) is 0. False where a time limit only truncates play
+    done: bool  # the task ended, so V(s2) is 0; False where a time limit only truncates play
 
 
 class ReplayBuffer:
@@ -144,8 +144,8 @@ def pad(sequences, device, side):
     """
     rows = [torch.tensor(ids) for ids in sequences]
     ones = [torch.ones_like(row) for row in rows]
-    padded = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)  # with 0
-    return padded(rows).to(device), padded(ones).to(device)
+    padded = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side=side)
+    return padded(rows).to(device), padded(ones).to(device)  # padding: id 0, mask 0
 
 
 def split(items, size):

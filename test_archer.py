@@ -998,7 +998,7 @@ ZOO = {
     "test_only_spoken_tokens_are_trained": [
         # The first token is not trained. Utterances of one token never change, first words hardly
         # do.
-        ('"left"), spoken\n', '"left"), spoken * (spoken.cumsum(1) > 1)\n'),
+        ("return ids, mask, spoken", "return ids, mask, spoken * (spoken.cumsum(1) > 1)"),
         # The state's tokens are trained. Noise, worse for short utterances: the actor also learns
         # to recite the state.
         ("None]).squeeze(2), spoken", "None]).squeeze(2), torch.ones_like(spoken)"),
@@ -2567,7 +2567,7 @@ def test_a_reward_not_finite_stops_a_run(turns, done, bad, stock, quick, capsys,
 
 
 def test_running_out_of_memory_gets_one_line(quick, capsys, monkeypatch):
-    monkeypatch.setattr(archer, "rollout", mock.Mock(side_effect=torch.OutOfMemoryError))
+    monkeypatch.setattr(archer, "warm_start", mock.Mock(side_effect=torch.OutOfMemoryError))
     assert "out of memory: try a smaller --mi" in mistake(capsys, *QUICK.split(), "--out", "run")
 
 
