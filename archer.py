@@ -1056,6 +1056,18 @@ def write_checkpoint(folder, record, learner):
     write_json(folder / "config.json", [record["config"]])
 
 
+def new_folder(c):
+    """The folder of a new run. Raises UserError if something is in it."""
+    now = datetime.datetime.now()
+    folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now:%Y%m%d-%H%M%S-%f}")
+    with explained(f"cannot begin in {folder}"):
+        folder.mkdir(parents=True, exist_ok=bool(c.out))
+        # What a stopped write has left behind does not count.
+        kept = [x for x in folder.iterdir() if x.suffix != ".part"]
+        require(not kept, "it is not empty: --resume it, or another --out")
+    return folder
+
+
 def run(c, record=None):
     """A whole run: warm start, Algorithm 1, evaluation. Returns its summary.
 
@@ -1067,16 +1079,10 @@ def run(c, record=None):
     c, actor, critic, demonstrations = prepare(c, record["vocabulary"] if record else None)
     game = GAMES[c.env]
     evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # still lacks its `rng`
-    now = datetime.datetime.now()
-    folder = Path(c.out or f"runs/{c.env}-seed{c.seed}-{now:%Y%m%d-%H%M%S-%f}")
-    with explained(f"the optimal_return of {c.env}"):
+    with explained(f"the optimal_return of {c.env}"):  # now, so that a mistake in it costs nothing
         optimum = float(game.optimal_return()) if hasattr(game, "optimal_return") else None
+    folder = Path(c.out) if record else new_folder(c)
     if not record:
-        with explained(f"cannot begin in {folder}"):
-            folder.mkdir(parents=True, exist_ok=bool(c.out))
-            # What a stopped write has left behind does not count.
-            kept = [x for x in folder.iterdir() if x.suffix != ".part"]
-            require(not kept, "it is not empty: --resume it, or another --out")
         print(f"writing into {folder}/; to go on after a stop: --resume {folder}")
         if c.iterations <= c.warmup_iterations:
             print("only the critic will learn: --iterations ends within the warm-up")

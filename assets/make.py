@@ -19,7 +19,7 @@ python assets/make.py speed              speed.jsonl and its table
 python assets/make.py released FOLDER    released.csv and its table; FOLDER: the authors' code
 python assets/make.py adventure FILE     adventure.csv, adventure.png, tables; FILE: detective.z5
 python assets/make.py adventure          the same from what has been played
-python assets/make.py frontier FILE      replays one of its seeds, prints two tables; 25 minutes
+python assets/make.py frontier FILE      replays two of its seeds, prints three tables; 40 minutes
 python assets/make.py length             length.csv, length.png and its tables; three hours
 python assets/make.py length --draw      the same from what has been played
 
@@ -1198,8 +1198,6 @@ TRIED = {
         SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 16},
         SMALL_BATCH | {"episodes": 8} | SMALL_BUFFER,
         SMALL_BATCH | {"episodes": 8, "capacity": 2000, "actor_lr": 1e-4, "actor_steps": 8},
-        SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | SMALL_BUFFER,
-        SMALL_BATCH | {"episodes": 8, "gamma": 0.995} | SMALL_BUFFER,
     ],
     "CHAI": [
         {"gamma": 0.97},
@@ -1236,6 +1234,12 @@ TRIED = {
 }
 
 
+# After the choice, to see what keeps seed 0 at 330 points: (seed, settings) of ArCHer.
+AFTERWARDS = [
+    (NOT_SHOWN, SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | SMALL_BUFFER),
+    (NOT_SHOWN, SMALL_BATCH | {"episodes": 8, "gamma": 0.995} | SMALL_BUFFER),
+    (0, SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | SMALL_BUFFER),
+]
 PAPER = {"ArCHer": 276, "CHAI": 274, "filtered BC": 267}  # points, read off a figure
 
 
@@ -1273,7 +1277,7 @@ def warm_start_once(actor, demonstrations, c, file):
 def adventure_run(run, watch=None):
     """Lines for adventure.csv: of every iteration, and of fresh play in the end.
 
-    watch: called with the demonstrations, then with the episodes of each iteration.
+    watch: called with actor, critic and the demonstrations, then the episodes of each iteration.
     """
     torch.set_num_threads(1)
     path, folder, kind, method, seed, settings = run
@@ -1286,8 +1290,8 @@ def adventure_run(run, watch=None):
     c, actor, critic, demonstrations = archer.prepare(Config("adventure", seed, **settings))
     warm_start_once(actor, demonstrations, c, Path(folder, f"{kind} {seed} {c.batch}"))
     rows = []
-    watch = watch or (lambda episodes: None)
-    watch(demonstrations)
+    watch = watch or (lambda *x: None)
+    watch(actor, critic, demonstrations)
 
     def add(measure, count, episodes):
         line = (kind, method, seed, words(run[-1]), measure, count)
@@ -1295,7 +1299,7 @@ def adventure_run(run, watch=None):
 
     def report(_, episodes):
         add("play", len(episodes) * (1 + len(rows)), episodes)
-        watch(episodes)
+        watch(actor, critic, episodes)
 
     method_of(method)(GAMES["adventure"], actor, critic, demonstrations, c, report, **own)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
@@ -1391,23 +1395,31 @@ def play_adventure(path, file):
             for seed in range(5)
             for method, settings in best.items()
         ]
+        runs += [(path, folder, "usual", "ArCHer", *run) for run in AFTERWARDS]
         complete(file, header, runs, key_of, adventure_run, 5)
 
 
 def frontier(path):
-    """What ArCHer says in the room before the first reward that no weak demonstration earns.
+    """Why ArCHer stands still on two seeds.
 
-    It replays seed 3, with former settings, which end near 200 points, and with those shown. path:
-    of the game, detective.z5.
+    What it says in the room before the first reward that no weak demonstration earns: seed 3, with
+    former settings, which end near 200 points, and with those shown. What it leaves out in the end
+    on seed 0. path: of the game, detective.z5.
     """
     best = best_settings(read_adventure(HERE / "adventure.csv"))["ArCHer"]
-    for settings in (SMALL_BATCH | {"episodes": 8}, best):
-        batches = []
+    former = SMALL_BATCH | {"episodes": 8}
+    for kind, seed, settings in (("weak", 3, former), ("weak", 3, best), ("usual", 0, best)):
+        watched = []
         with tempfile.TemporaryDirectory() as folder:
-            adventure_run((path, folder, "weak", "ArCHer", 3, settings), batches.append)
-        demonstrations, *played = batches
-        print(f"\n{words(settings)}\n")
-        print(frontier_table(demonstrations, [e for episodes in played for e in episodes]))
+            run = (path, folder, kind, "ArCHer", seed, settings)
+            adventure_run(run, lambda *x, watched=watched: watched.append(x))
+        (actor, critic, demonstrations), *played = watched
+        played = [e for *_, episodes in played for e in episodes]
+        print(f"\n{kind} demonstrations, seed {seed}, {words(settings)}\n")
+        if kind == "weak":
+            print(frontier_table(demonstrations, played))
+        else:
+            print(detours_table(path, actor, critic, played, settings["gamma"]))
 
 
 def frontier_table(demonstrations, played):
@@ -1424,6 +1436,70 @@ def frontier_table(demonstrations, played):
         rows.append([name, sum(map(bool, there)), len(turns), often, rewarded])
     header = ["episodes", "that get there", "turns there", "said most often", "rewarded"]
     return markdown(header, rows)
+
+
+def room_of(observation):
+    return observation.split("/")[0]
+
+
+@torch.no_grad()
+def detours_table(path, actor, critic, played, gamma, n=100):
+    """The commands that the last episode of the usual score could have said to be paid at once.
+
+    Only those into rooms that it never sees. For each the share of episodes that go there; the
+    learned A; and the mean discounted return, with its standard error, of n plays by the actor from
+    that turn on: after this command, and after the one that was said.
+    """
+    scores = [points([e]) for e in played[-240:]]
+    usual = statistics.mode(scores)
+    episode = [e for e, score in zip(played[-240:], scores, strict=True) if score == usual][-1]
+    said = [t.a for t in episode]
+    seen = {room_of(t.s2) for t in episode}
+    rows = []
+    for k, t in enumerate(episode):
+        for a in sorted({a for _, a in tutorial().solution_of(path)}):
+            ((_, _, paid, s2, *_),) = turns_after(said[:k], [a])
+            if paid > 0 and room_of(s2) not in seen:
+                there = [any(room_of(x.s2) == room_of(s2) for x in e) for e in played]
+                parts = (there[:100], there[400:500], there[-100:])
+                shares = [f"{statistics.mean(x):.0%}" for x in parts]
+                A = archer.advantage(*critic([t.s], [a])).item()
+                row = [room_of(t.s), a, room_of(s2), *shares, f"{A:.2f}"]
+                for command in (a, t.a):
+                    returns = returns_after(said[:k], command, actor, gamma, n)
+                    error = statistics.stdev(returns) / math.sqrt(n)
+                    row.append(f"{statistics.mean(returns):.2f} ± {error:.2f}")
+                rows.append(row)
+    header = ["room", "command", "leads to", "episodes 1 to 100", "401 to 500", "last 100", "A"]
+    return markdown([*header, "return after it", "after what is said"], rows)
+
+
+def turns_after(prefix, commands):
+    """Turns (s, a, r, s', terminated) of the commands, said after those of a prefix."""
+    game = tutorial().Adventure()
+    s, _ = game.reset(seed=0)
+    turns = []
+    for a in [*prefix, *commands]:
+        s2, r, terminated, *_ = game.step(a)
+        turns.append((s, a, r, s2, terminated))
+        s = s2
+    game.close()
+    return turns[len(prefix) :]
+
+
+def returns_after(prefix, command, actor, gamma, n):
+    """The discounted returns of n plays: the command after the prefix, then the actor's."""
+    ((_, _, paid, *_),) = turns_after(prefix, [command])
+
+    class Continued(tutorial().Adventure):
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=0)
+            for a in (*prefix, command):
+                s, *_ = self.step(a)
+            return s, {}
+
+    played = rollout(Continued, actor, n, random.Random(0))
+    return [paid + gamma * mean_return([e], gamma) for e in played]
 
 
 def read_adventure(file):
