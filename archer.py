@@ -1,4 +1,4 @@
-"""ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: a language model acts over many turns.
+"""ArCHer (Zhou et al., 2024, arXiv 2402.19446) in one file: RL for language models over many turns.
 
 Two networks learn alternately. A critic learns off-policy, from a replay buffer, the values of
 whole utterances (Eqs. 1 and 2). The language model, the actor, learns by a token-level policy
@@ -18,11 +18,11 @@ second half, the workshop, can wait: variants (Eqs. 4 to 7, PPO), the checks and
 first half calls, files, the command line.
 Left out: LoRA, several GPUs.
 
-Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, s2 the next
-state (s' in the paper), A an advantage; c is a Config. In shapes, B is the batch, T the tokens of
-its longest text, L those of its longest utterance, h the width of a network; [2, B] has a row for
-each member of the double critic. `spoken`, [B, L], is the mask of a batch's utterances (elsewhere:
-action mask); e_s is the encoder's embedding of s.
+Inside functions the letters are the paper's: s is a state, a an utterance, r a reward, A an
+advantage. Ours are s2, the next state (s' in the paper), and c, a Config. In shapes, B is the
+batch, T the tokens of its longest text, L those of its longest utterance, h the width of a network;
+[2, B] has a row for each member of the double critic. `spoken`, [B, L], is the mask of a batch's
+utterances (in other code: action mask); e_s is the encoder's embedding of s.
 """
 
 import collections
@@ -49,7 +49,7 @@ from tqdm.auto import tqdm
 try:
     from envs import GAMES
 except ImportError as error:
-    if error.name != "envs":  # a mistake inside of it
+    if error.name != "envs":  # an import inside envs.py has failed
         raise
     GAMES = {}  # a project may have no `envs`, or another one
 
@@ -71,12 +71,12 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; many: a stop loses more, few: slow")
 
-    demonstrations: int = setting(2000, "to imitate, and to fill the buffer; 0: needs an --actor")
+    demonstrations: int = setting(2000, "to imitate, and in the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
-    warmup_iterations: int = setting(10, "first ones, critic only; 0: actor follows a new critic")
+    warmup_iterations: int = setting(10, "first ones, critic only; 0: follows an untrained critic")
     episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
     state_tokens: int = setting(1024, "per state, the last ones; small: forgetful or refused")
@@ -101,8 +101,8 @@ class Config:
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
-    offline: str = setting("", "file to learn from, all of it, without play; empty: play")
-    evaluation_episodes: int = setting(500, "fresh ones: start, end, greedy end; few: noisy")
+    offline: str = setting("", "file to learn from; play only evaluates; empty: play")
+    evaluation_episodes: int = setting(500, "each for start, end and greedy end; few: noisy")
 
 
 # ==================================================================================================
@@ -113,9 +113,9 @@ class Config:
 class Transition(typing.NamedTuple):
     """One turn."""
 
-    s: str  # the state: all that the agent may know, as text that should end in a newline
+    s: str  # the state: all that the agent may know; ends in a newline: an utterance is a line
     a: str  # the utterance, without its newline
-    ids: list[int]  # its tokens as they were sampled, the end token included unless it was cut
+    ids: list[int]  # its tokens, sampled or encoded, the end token included unless it was cut
     r: float  # the reward
     s2: str  # the next state
     done: bool  # the task ended, so V(s2) is 0; False where a time limit only truncates play
@@ -163,25 +163,24 @@ class Actor(nn.Module):
     scores. Padding is on the left: padded on the right, a short state would be continued after a
     gap. Position ids skip the padding, so that a row does not depend on the rest of its batch
     (`independent_of_batch` finds models whose rows do, such as Mamba). Do not call `train()`: with
-    dropout, what is scored is not what was sampled. The one exception is gradient checkpointing: it
-    needs `train()`, around `log_probs` alone and with every dropout rate at 0.
+    dropout, what is scored is not what was sampled.
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
     vocabulary = None  # of the tiny models' tokenizer, for checkpoints; set by `build`
 
-    def __init__(self, model, tokenizer, utterance_tokens=8, batch=512):
+    def __init__(self, model, tokenizer, utterance_tokens=8, generation_batch=512):
         """model: in float32; many are saved in bfloat16, in which small steps are rounded away.
         tokenizer: needs `truncation_side="left"` and a `model_max_length` that leaves the model
-        room for an utterance. utterance_tokens: the most per utterance, the end included. batch:
-        the most utterances that are generated at once. Afterwards call `.to(device)`."""
+        room for an utterance. utterance_tokens: the most per utterance, the end included.
+        generation_batch: the most utterances at once. Afterwards call `.to(device)`."""
         super().__init__()
         self.model = model.eval()
         self.tokenizer = tokenizer
-        # The last tokens of a state. Cached: change neither the list nor, later, the tokenizer.
+        # The last tokens of a state. Cached, so change neither a returned list nor the tokenizer.
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         self.utterance_tokens = utterance_tokens
-        self.batch = batch
+        self.generation_batch = generation_batch
         self.ends = nn.Buffer(torch.tensor(end_tokens(model, tokenizer)), persistent=False)
         # The argument for a cache, which transformers 5.24 renamed.
         new = "cache" in inspect.signature(model.forward).parameters
@@ -192,7 +191,8 @@ class Actor(nn.Module):
 
         ids: [B, T], the tokens that are not in the cache. mask: [B, cached + T].
         """
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # of ids; skip padding
+        # Of `ids`; padding does not count.
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
             out = self.model(**x, **{self.cache_name: cache}, use_cache=True, logits_to_keep=keep)
@@ -206,7 +206,7 @@ class Actor(nn.Module):
         utterance was cut.
         """
         token_ids = []
-        for part in split(states, self.batch):
+        for part in split(states, self.generation_batch):
             token_ids += self.speak(part, greedy)
         texts = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         return [text.split("\n")[0] for text in texts], token_ids
@@ -229,7 +229,7 @@ class Actor(nn.Module):
             p = logits[:, -1].softmax(1)
             token = p.argmax(1) if greedy else torch.multinomial(p, 1).squeeze(1)
             tokens[active, i] = token
-            unended = torch.isin(token, self.ends, invert=True).nonzero().squeeze(1)  # of `active`
+            unended = torch.isin(token, self.ends, invert=True).nonzero().squeeze(1)  # in `active`
             if len(unended) == 0 or i + 1 == self.utterance_tokens:
                 break
             active = active[unended]
@@ -397,29 +397,29 @@ def rollout(game, actor, episodes, rng, greedy=False):
     game: a class; reset(seed=...) -> (s, info), step(a) -> (s2, r, terminated, truncated, info).
     rng: a random.Random, for the games' seeds; utterances are drawn by torch's generator. Easy to
     overlook: `truncated` ends an episode, but is not `done`. Raises UserError for a turn that the
-    critic could not learn from (see `checked`).
+    critic could not learn from (see `checked_turn`).
     """
     played = [[] for _ in range(episodes)]
     with opened(game, episodes) as games:
         begun = [g.reset(seed=rng.randrange(2**31)) for g in games]
         states = {i: as_text(s, "observation") for i, (s, _) in enumerate(begun)}
-        while states:  # of the games that still run
+        while states:  # some games still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
                 s2, r, terminated, truncated, _ = games[i].step(a)
-                s, a, r, s2, done = checked((states[i], a, r, s2, terminated))
+                s, a, r, s2, done = checked_turn((states[i], a, r, s2, terminated))
                 played[i].append(Transition(s, a, ids, r, s2, done))
                 states[i] = s2
                 if terminated or truncated:
-                    del states[i]  # the loop has a list of its own
+                    del states[i]  # safe: the loop goes over copies
     return played
 
 
 class ArCHer:
     """Algorithm 1: `iterate` is one iteration, and changes actor and critic in place.
 
-        settings = GAMES["detective"].settings  # what this game changes
-        c, actor, critic, demonstrations = prepare(Config(env="detective", **settings))
+        c = Config(env="web_shop", **GAMES["web_shop"].settings)
+        c, actor, critic, demonstrations = prepare(c)
         warm_start(actor, demonstrations, c)
         learner = variant(c)(GAMES[c.env], actor, critic, demonstrations, c)
         for _ in range(c.iterations):
@@ -432,7 +432,7 @@ class ArCHer:
     """
 
     def __init__(self, game, actor, critic, demonstrations, c):
-        """game, demonstrations: a class and episodes, as in `rollout`. c: a Config."""
+        """game: a class, as in `rollout`. demonstrations: a list of episodes. c: a Config."""
         self.game = game
         self.actor = actor
         self.critic = critic
@@ -583,8 +583,9 @@ class TokenBaseline(nn.Module):
     def forward(self, states, token_ids):
         """The value before each token of the utterances, and `spoken`: [B, L] each."""
         ids, mask, spoken = self.actor.join(states, token_ids)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # as in Actor.forward
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        # Its logits are not used.
         x |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.actor.autocast):
             out = self.actor.model(**x)
@@ -651,7 +652,7 @@ class WithIQL(ArCHer):
     """Eqs. 1 and 6: the critic learns from logged utterances, and nothing is generated for it."""
 
     def utterances_for_v(self, transitions):
-        return [t.a for t in transitions]
+        return [t.a for t in transitions]  # in place of fresh ones
 
     def loss_of_v(self, v, q):
         return expectile_loss(v, q, self.c.expectile)
@@ -662,12 +663,12 @@ ACTOR_LOSSES = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "
 
 def variant(c):
     """The class that the settings name."""
-    learner = ACTOR_LOSSES[c.actor_loss]
+    base = ACTOR_LOSSES[c.actor_loss]
 
-    class Mixed(WithIQL, learner):
-        """The critic of WithIQL, the actor of the variant."""
+    class Mixed(WithIQL, base):
+        """The critic of WithIQL, the actor steps of `base`."""
 
-    return Mixed if c.critic_loss == "iql" else learner
+    return Mixed if c.critic_loss == "iql" else base
 
 
 # ==================================================================================================
@@ -709,12 +710,12 @@ def opened(game, n):
 
 
 def as_text(x, name):
-    """x, with lone surrogates as "?", for tokenizers. Raises UserError if it is not a `str`."""
+    """x, a `str`, with "?" for lone surrogates, which tokenizers refuse. Otherwise a UserError."""
     require(isinstance(x, str), f"the {name} is not a text but {type(x).__name__}: {x!r}")
     return x.encode(errors="replace").decode()
 
 
-def checked(turn):
+def checked_turn(turn):
     """A turn (s, a, r, s', terminated) of a game or a file, in Python's own types.
 
     Numpy's are accepted. A newline at the end of the utterance is dropped. Raises UserError for
@@ -722,7 +723,7 @@ def checked(turn):
     """
     require(isinstance(turn, list | tuple) and len(turn) == 5, f"not a turn of five: {turn!r}")
     s, a, r, s2, done = turn
-    with explained(f"the reward of {a!r}, {r!r}"):
+    with explained(f"the reward {r!r} of {a!r:.60}"):
         require(math.isfinite(r), "it is not finite")
     with explained(f"the end of the task, {done!r}"):
         require(done in (True, False), "it is not true or false")
@@ -811,18 +812,18 @@ def build(c, vocabulary):
     tokenizer = tiny_tokenizer(vocabulary)
     model, encoder = tiny_models(len(tokenizer))
     device = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with explained(f"cannot use --actor {c.actor!r} on {device!r}"):
+    with explained(f"cannot use --actor {c.actor!r} on --device {device!r}"):
         causal = transformers.AutoModelForCausalLM
         model, tokenizer = load(c.actor, causal, model, tokenizer, c, reserved=c.utterance_tokens)
-        batch = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
-        actor = Actor(model, tokenizer, c.utterance_tokens, batch).to(device)
+        at_once = 4 * (c.micro_batch or c.batch)  # more than in training: no graph is kept
+        actor = Actor(model, tokenizer, c.utterance_tokens, at_once).to(device)
         # So that a saved model samples as `Actor` does, and stops where it does.
         sampling = {"do_sample": True, "top_k": 0, "eos_token_id": actor.ends.tolist()}
         model.generation_config = transformers.GenerationConfig(**sampling)
         actor.act(["", "Hello.\n"])  # a trial: it fails now rather than hours later
         require(independent_of_batch(actor), "its output depends on the rest of a batch")
-    with explained(f"cannot use --critic {c.critic!r} on {device!r}"):
-        tiny = tiny_tokenizer(vocabulary)  # its own: the two models need not read equally far
+    with explained(f"cannot use --critic {c.critic!r} on --device {device!r}"):
+        tiny = tiny_tokenizer(vocabulary)  # its own, since `load` sets its length
         critic = DoubleCritic(*load(c.critic, transformers.AutoModel, encoder, tiny, c)).to(device)
         alone, beside = critic.embed(["A"])[0], critic.embed(["A", "", "Somewhat longer.\n"])[0]
         same = torch.allclose(alone, beside, rtol=1e-3, atol=1e-3)
@@ -860,9 +861,10 @@ def mean_return(episodes, gamma=1.0):
 
 @torch.no_grad()
 def metrics(learner, q_and_v_losses, actor_updates):
-    """The numbers of an iteration, a dict; README shows some of healthy and of sick runs.
+    """The numbers of an iteration, a dict; README lists healthy and unhealthy values.
 
-    Losses are means over the steps; actor_loss is that of the variant (of ppo, the last epoch's).
+    Losses are means over the steps; q_loss and v_loss are sums over the two heads; actor_loss is
+    that of the variant (of ppo, the last epoch's).
     advantage, advantage_std: mean and standard deviation of A. The rest is about the episodes
     played. value: min V of their first states, on average; near discounted_return where few
     episodes are truncated. entropy, token_entropy: the mean of -log p per utterance and per token,
@@ -917,19 +919,19 @@ def write_json(path, values):
 
 
 def read_episodes(path):
-    """One episode per line, in JSON: a list of turns [s, a, r, s', terminated]. See `checked`."""
+    """One episode per line, in JSON: a list of turns [s, a, r, s', terminated]; `checked_turn`."""
     episodes = []
     # "utf-8-sig" drops a byte-order mark.
     with explained(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
-            with explained(f"line {number} is not a list of turns [s, a, r, s', terminated]"):
+            with explained(f"line {number} should be a list of turns [s, a, r, s', terminated]"):
                 if line.strip():
-                    episodes.append([checked(turn) for turn in json.loads(line)])
+                    episodes.append([checked_turn(turn) for turn in json.loads(line)])
     require(any(episodes), f"{path} has no turns")
     return episodes
 
 
-def check(c):
+def check_settings(c):
     """Raises UserError for settings that cannot work."""
     require(GAMES, "no games: put envs.py beside archer.py, or a class of your own into GAMES")
     choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
@@ -949,7 +951,7 @@ def check(c):
 
 
 class Nonsense:
-    """Plays a game in an actor's place, so that its mistakes show before any work is lost."""
+    """Plays in an actor's place, so that a game's mistakes show before any work is lost."""
 
     turns = 0
 
@@ -967,7 +969,9 @@ def given_episodes(c):
     if not (demonstrate and c.demonstrations):
         return []
     with explained(f"the demonstrations of {c.env}"):
-        return [[checked(turn) for turn in e] for e in demonstrate(c.demonstrations, seed=c.seed)]
+        return [
+            [checked_turn(turn) for turn in e] for e in demonstrate(c.demonstrations, seed=c.seed)
+        ]
 
 
 def with_tokens(episodes, actor):
@@ -979,8 +983,9 @@ def with_tokens(episodes, actor):
     most = actor.utterance_tokens
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
-    line = f"one line of at most {most} tokens (longest: {longest}; --utterance-tokens)"
-    require(not lost, f"{len(lost)} utterances are not {line}, such as {lost[:1]}")
+    line = f"a line that the tokenizer keeps, of at most {most} tokens (longest: {longest}"
+    message = f"an utterance must be {line}; --utterance-tokens)"
+    require(not lost, f"{message}; {len(lost)} are not, such as {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 
@@ -991,8 +996,8 @@ def prepare(c, vocabulary=None):
     settings as they will be used, actor, critic, and the episodes to begin with (demonstrations, or
     the offline file; none if it is resumed), lists of transitions.
     """
-    check(c)
-    transformers.set_seed(c.seed)  # of torch, and of random and numpy, from which a game may draw
+    check_settings(c)
+    transformers.set_seed(c.seed)  # of torch, and of random and numpy, which a game may use
     with explained(f"{c.env} is not as README describes a game"):
         (trial,) = rollout(GAMES[c.env], Nonsense(), 1, random.Random(c.seed))
     episodes = [] if vocabulary else given_episodes(c)
@@ -1006,14 +1011,14 @@ def prepare(c, vocabulary=None):
     for tokenizer in (actor.tokenizer, critic.tokenizer):
         n = len(tokenizer.encode(trial[0].s))
         room = tokenizer.model_max_length
-        message = f"an observation has {n} tokens, but --state-tokens or a model allows {room}"
+        message = f"the first observation has {n} tokens; --state-tokens and model allow {room}"
         require(n <= room, message)
     return c, actor, critic, with_tokens(episodes, actor)
 
 
 @torch.no_grad()
 def dialogue(episode, actor, critic):
-    """An episode as text: per turn the state's end, the utterance, r, Q, V, A, log-probability."""
+    """An episode as text: for each turn the end of s, then a, r, Q, V, A and log-probability."""
     lines = []
     for t in episode:
         q, v = critic([t.s], [t.a])
@@ -1025,11 +1030,11 @@ def dialogue(episode, actor, critic):
 
 def state_of(learner):
     """All that an iteration changes; `torch.load(..., weights_only=True)` reads it."""
-    # Of the networks and their optimizers.
+    # networks and optimizers
     state = {name: x.state_dict() for name, x in vars(learner).items() if hasattr(x, "state_dict")}
     return state | {
         "iteration": learner.iteration,
-        "buffer": [tuple(t) for t in learner.buffer.transitions],  # it refuses a namedtuple
+        "buffer": [tuple(t) for t in learner.buffer.transitions],  # plain ones
         "rng": learner.rng.getstate(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
@@ -1084,8 +1089,8 @@ def run(c, record=None):
     folder = Path(c.out) if record else new_folder(c)
     if not record:
         print(f"writing into {folder}/; to go on after a stop: --resume {folder}")
-        if c.iterations <= c.warmup_iterations:
-            print("only the critic will learn: --iterations ends within the warm-up")
+        if not c.actor_steps or c.iterations <= c.warmup_iterations:
+            print("after the warm start the actor will not learn: no iteration has an actor step")
         if demonstrations:
             print(f"mean return of the demonstrations: {mean_return(demonstrations):.2f}")
         warm_start(actor, demonstrations, c)
@@ -1123,10 +1128,11 @@ def run(c, record=None):
 
 
 def main(arguments=None):
-    """The command line: an option for each setting, and one line for each mistake."""
+    """The command line: an option for each setting. Mistakes are reported in one line."""
     parser = transformers.HfArgumentParser(Config, prog="archer.py", usage="%(prog)s [options]")
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on; may take --iterations")
+    may_change = "go on; may take --iterations and --micro-batch"
+    parser.add_argument("--resume", metavar="FOLDER", help=may_change)
     arguments = sys.argv[1:] if arguments is None else arguments
     # Parsed twice, first for what decides the defaults; --help is for the second time.
     options = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
@@ -1140,7 +1146,7 @@ def main(arguments=None):
                 record = torch.load(f"{folder}/checkpoint.pt", "cpu", weights_only=True)
                 defaults = Config(**(record["config"] | {"out": folder}))
         else:
-            # An unknown game is refused by `check`.
+            # An unknown game is refused by `check_settings`.
             preset = getattr(game, options.preset, None) if game and options.preset else {}
             require(preset is not None, f"the game {options.env} has no preset {options.preset}")
             with explained(f"the settings of {options.env}"):
@@ -1148,17 +1154,18 @@ def main(arguments=None):
         parser.set_defaults(**vars(defaults))
         (c, *_) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
         if record:
-            same = dataclasses.replace(c, iterations=defaults.iterations) == defaults
-            require(same and not options.preset, "--resume takes no option but --iterations")
+            changed = {"iterations": c.iterations, "micro_batch": c.micro_batch}
+            same = c == dataclasses.replace(defaults, **changed) and not options.preset
+            require(same, "--resume takes no option but --iterations and --micro-batch")
         if not (c.actor or c.critic):
             torch.set_num_threads(1)  # more threads hardly help, and hurt on a busy machine
         return run(c, record)
     except (UserError, FloatingPointError) as error:
         parser.exit(2, f"\narcher: {str(error).splitlines()[0][:240]}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\narcher: stopped; to go on from the last checkpoint: --resume\n")
+        parser.exit(130, "\narcher: stopped; --resume goes on from the last checkpoint, if any\n")
     except torch.OutOfMemoryError:
-        parser.exit(2, "\narcher: out of memory: try a smaller --micro-batch or --state-tokens\n")
+        parser.exit(2, "\narcher: out of memory: try --micro-batch 8 or a smaller --state-tokens\n")
     finally:
         torch.set_num_threads(threads)
 

@@ -2258,7 +2258,7 @@ def test_luck_of_a_game_that_ignores_its_seed_is_the_runs_own(stock, quick, monk
 def test_another_module_may_be_called_envs_and_names_any_script(quick):
     """In Python without assertions, on a console that lacks characters."""
     shutil.copy(HERE / "archer.py", ".")
-    command = [sys.executable, "-c", "import archer; archer.check(archer.Config())"]
+    command = [sys.executable, "-c", "import archer; archer.check_settings(archer.Config())"]
     # Without any envs.py.
     assert b"no games: put envs.py" in subprocess.run(command, capture_output=True).stderr
     Path("envs.py").write_text("GAMES_OF_MINE = 7")
@@ -2268,7 +2268,7 @@ def test_another_module_may_be_called_envs_and_names_any_script(quick):
     script = [str(HERE / "archer.py"), *QUICK.split(), "--iterations", "0", "--out", "猫"]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
     shown = subprocess.run([sys.executable, "-O", *script], capture_output=True, env=environment)
-    assert shown.returncode == 0 and b"--resume ?\nonly the critic will learn" in shown.stdout
+    assert shown.returncode == 0 and b"--resume ?\nafter the warm start the actor w" in shown.stdout
     assert b"\noptimum " in shown.stdout and Path("猫/summary.json").exists()
 
 
@@ -2446,7 +2446,8 @@ def test_a_run_stopped_before_its_first_checkpoint_is_begun_again(stock, quick):
     Path("run/checkpoint.pt.part").touch()  # as a kill may leave it
     assert start("run") == go_on("run", "--iterations", "3") == outcome(stock / "run")  # 4 done
     start("short", "--iterations", "2")
-    assert go_on("short", "--iterations", "4") == go_on("short") == outcome(stock / "run")
+    more = ("--iterations", "4", "--micro-batch", "8")  # the whole batch
+    assert go_on("short", *more) == go_on("short") == outcome(stock / "run")
 
 
 @pytest.mark.parametrize("every, due", [(9, [0, 4]), (1, [0, 1, 2, 3, 4]), (3, [0, 3, 4])])
@@ -2562,13 +2563,13 @@ def test_a_reward_not_finite_stops_a_run(turns, done, bad, stock, quick, capsys,
     rewards = itertools.chain([0.0] * turns, itertools.repeat(float(bad)))
     monkeypatch.setitem(GAMES, "late", a_game(pays=lambda: next(rewards)))
     options = ["--env", "late", "--actor", f"{stock}/gpt2", "--out", "run"]
-    assert f"', {bad}: it is not finite" in mistake(capsys, *QUICK.split(), *options)
+    assert f"the reward {bad} of '" in mistake(capsys, *QUICK.split(), *options)
     assert learner_in("run")["iteration"] == done and not Path("run/summary.json").exists()
 
 
 def test_running_out_of_memory_gets_one_line(quick, capsys, monkeypatch):
     monkeypatch.setattr(archer, "warm_start", mock.Mock(side_effect=torch.OutOfMemoryError))
-    assert "out of memory: try a smaller --mi" in mistake(capsys, *QUICK.split(), "--out", "run")
+    assert "out of memory: try --micro-batch 8" in mistake(capsys, *QUICK.split(), "--out", "run")
 
 
 # ==================================================================================================
@@ -2683,19 +2684,19 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor-loss sft": "--actor_loss: choose from ['reinforce', 'baseline', 'ppo', 'awr']",
     "--critic-loss mc": "--critic_loss: choose from ['td', 'iql']",
     "--preset paper --env good": "the game good has no preset",
-    "--device nonsense": "on 'nonsense'",
+    "--device nonsense": "on --device 'nonsense'",
     # models
     "--actor no/folder | --actor nobodys-gpt2 | --actor numbers": "cannot use --actor '{}'",
     "--actor cut | --actor roberta | --actor too_few | --actor mute": "cannot use --actor '{}'",
-    "--actor no_newline": "on 'cpu': its tokenizer drops a final newline",
+    "--actor no_newline": "on --device 'cpu': its tokenizer drops a final ne",
     "--critic no/folder | --critic too_few | --critic no_newline": "cannot use --critic '{}'",
     "--utterance-tokens 300 | --state-tokens 1": "no room for a state: change --state-tokens",
-    "--utterance-tokens 1": " utterances are not one line of at most 1 tokens (longest: 5; --ut",
+    "--utterance-tokens 1": "a line that the tokenizer keeps, of at most 1 tokens (longest",
     # games
     "--env typo": "the settings of typo: TypeError: Config.__init__() got an unex",
-    "--actor gpt2 --env huge": "an observation has 6000 tokens, but",
+    "--actor gpt2 --env huge": "the first observation has 6000 tokens; --st",
     "--actor gpt2 --env best_unknown": "the optimal_return of {}: TypeError: 'float' object is",
-    "--actor gpt2 --env wide": "an observation has 800 tokens, but --state-tokens or a model al",
+    "--actor gpt2 --env wide": "the first observation has 800 tokens; --state-tokens and mod",
     "--demonstrations 0 | --env good | --actor gpt2 --env good --episodes 0": "nothing to begin",
     "--offline no_episodes": "no_episodes has no turns",
     "--env endless": "{} is not as README describes a game: after 1,000 turns it",
@@ -2706,11 +2707,11 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--out run | --out gpt2": "cannot begin in {}: it is not empty: --resume it, or another --out",
     "--out prose | --out prose/below": "cannot begin in {}: ",
     "--offline nowhere | --offline run | --offline gpt2/model.safetensors": "cannot read {}",
-    "--offline false_done": "{}: line 3 is not a list of turns [s, a, r, s', terminated]: the en",
-    "--offline null_state": "{}: line 2 is not a list of turns [s, a, r, s', terminated]: the nex",
-    "--offline two_lines": "1 utterances are not one line of at most 5 tokens (longest: 4; --utte",
-    "--offline sentences": "; --utterance-tokens), such as ['Up. Or\\nnot.']",
-    "--offline no_word": "; --utterance-tokens), such as ['go<|endoftext|>']",
+    "--offline false_done": "{}: line 3 should be a list of turns [s, a, r, s', terminated]: the e",
+    "--offline null_state": "{}: line 2 should be a list of turns [s, a, r, s', terminated]: the n",
+    "--offline two_lines": "tokens (longest: 4; --utterance-tokens); 1 are not, such as",
+    "--offline sentences": "; --utterance-tokens); 1 are not, such as ['Up. Or\\nnot.']",
+    "--offline no_word": "; --utterance-tokens); 1 are not, such as ['go<|endoftext|>']",
     "--offline short_rows --seed 1": "terminated]: not a turn of five: ['go', 'go', 0.0, 'go']",
     # going on
     "--resume run --gamma 0.9 | --resume run --preset paper": "--resume takes no option but",
@@ -2721,7 +2722,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--resume edited": "cannot load the checkpoint in {} (is it of another run?)",
 }
 # The files whose first line is wrong, and the games that cannot be played.
-MISTAKES |= {f"--offline {x}": "{}: line 1 is not a list of turns [s, " for x in list(FILES)[1:6]}
+MISTAKES |= {f"--offline {x}": "{}: line 1 should be a list of turns" for x in list(FILES)[1:6]}
 MISTAKES |= {f"--actor gpt2 --env {x}": "{} is not as README desc" for x in list(BAD_GAMES)[6:]}
 POSITIVE = {"batch", "capacity", "checkpoint_every", "critic_steps", "ppo_epochs"}
 POSITIVE |= {"evaluation_episodes", "utterance_tokens"}
@@ -2732,7 +2733,7 @@ def test_values_out_of_their_range_or_of_another_type_are_refused():
         refused = [-1, 10**10, math.nan, None, np.float64(0.5), True]
         for value in refused + [0] * (name in POSITIVE):
             with pytest.raises(archer.UserError, match=f"--{name} must be .* not .*{value}"):
-                archer.check(Config(**{name: value}))
+                archer.check_settings(Config(**{name: value}))
 
 
 @mock.patch.dict(GAMES, BAD_GAMES)

@@ -578,15 +578,18 @@ def own_settings(settings):
     return own, {name: x for name, x in settings.items() if name not in own}
 
 
+def common_settings(game):
+    """Those of a game, except what only serves ArCHer."""
+    return {name: x for name, x in GAMES[game].settings.items() if name not in SMALL_BUFFER}
+
+
 def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **settings):
     """One run: rows of `Measurements`, at the start and `points` times, evenly spread.
 
     Every method has the same warm start. size: layers and width of the actor, and the spread of its
-    initial weights. settings: of `Config`, or the method's own; the rest are the game's, except
-    those that it only changes for ArCHer's sake.
+    initial weights. settings: of `Config`, or the method's own; see `common_settings`.
     """
-    usual = {name: x for name, x in GAMES[game].settings.items() if name not in SMALL_BUFFER}
-    usual = Config(game, seed, offline=offline, **usual)
+    usual = Config(game, seed, offline=offline, **common_settings(game))
     own, settings = own_settings(settings)
     c, actor, critic, demonstrations = archer.prepare(usual)
     c = dataclasses.replace(c, **settings)
@@ -2269,7 +2272,7 @@ def ranking_run(run):
     torch.set_num_threads(1)
     game, seed = run
     played, episodes = RANKED[game]
-    c = Config(game, seed, **GAMES[game].settings | {"episodes": episodes})
+    c = Config(game, seed, **common_settings(game) | {"episodes": episodes})
     c, actor, usual, demonstrations = archer.prepare(c)
     archer.warm_start(actor, demonstrations, c)
     held = {"actor_steps": 0}
