@@ -1025,7 +1025,7 @@ ZOO = {
         ('for s in index], self.model.device, "left")', 'for s in index], "cpu", "right")'),
         # Every spoken token gets the first position. Play is far worse than the log-probabilities
         # promise.
-        ("[:, -ids.shape[1] :]  # of ids", "[:, : ids.shape[1]]  # of ids"),
+        ("[:, -ids.shape[1] :]", "[:, : ids.shape[1]]"),
     ],
     "test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates": [
         # No position ids. The warm start is poor and the curve restless: log-probabilities depend
