@@ -685,7 +685,7 @@ TWO_ADVANTAGES = {
 }
 LONG_WARMUP = {"warm-up of 40": {"warmup_iterations": 40}}
 CHANGES = {  # of ArCHer with the best of its four settings, game by game
-    "detective": TWO_ADVANTAGES | LONG_WARMUP,
+    "detective": TWO_ADVANTAGES | LONG_WARMUP | {"4,000 turns, small steps": SMALL_BUFFER},
     "twenty_questions_full": TWO_ADVANTAGES,
     "web_shop": LONG_WARMUP,
 }
@@ -894,6 +894,10 @@ def study(names, draw=False, file=HERE / "study.csv"):
     play(rest_shown(names, read_study(file)))
 
     played = read_study(file)
+    if "changes" in names:
+        for seed, game in itertools.product(range(5), CHANGES):
+            usual = best_of(played, "tried", game, "ArCHer", STUDY_TRIED)
+            wanted[key_of(("games", game, "ArCHer", seed, usual))] = ("changes", game, "none")
     for game in FIVE:
         wanted.update({key_of(run): run[:3] for run in methods_shown(game, played)})
     shown = collections.defaultdict(list)
