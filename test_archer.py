@@ -2622,7 +2622,7 @@ def stock(tmp_path_factory):
     saved = torch.load(folder / "run/checkpoint.pt", weights_only=True)
     for name, state in (
         ("torn", saved),
-        ("plain", torch.zeros(3)),
+        ("plain", [3.0]),
         ("bare", {"learner": saved["learner"]}),
         ("early", {"config": saved["config"] | {"temperature": 1.0}}),
         ("elsewhere", saved | {"config": saved["config"] | {"env": "chess"}}),
