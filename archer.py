@@ -71,7 +71,7 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; many: a stop loses more, few: slow")
 
-    demonstrations: int = setting(2000, "to imitate, and in the buffer; 0: needs an --actor")
+    demonstrations: int = setting(2000, "to imitate, and to fill the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
@@ -113,7 +113,7 @@ class Config:
 class Transition(typing.NamedTuple):
     """One turn."""
 
-    s: str  # the state: all that the agent may know; ends in a newline: an utterance is a line
+    s: str  # the state, all that the agent may know; should end in a newline
     a: str  # the utterance, without its newline
     ids: list[int]  # its tokens, sampled or encoded, the end token included unless it was cut
     r: float  # the reward
@@ -585,7 +585,7 @@ class TokenBaseline(nn.Module):
         ids, mask, spoken = self.actor.join(states, token_ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # as in Actor.forward
         x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        # Its logits are not used.
+        # The hidden states are used, not the logits.
         x |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.actor.autocast):
             out = self.actor.model(**x)
@@ -864,13 +864,13 @@ def metrics(learner, q_and_v_losses, actor_updates):
     """The numbers of an iteration, a dict; README lists healthy and unhealthy values.
 
     Losses are means over the steps; q_loss and v_loss are sums over the two heads; actor_loss is
-    that of the variant (of ppo, the last epoch's).
-    advantage, advantage_std: mean and standard deviation of A. The rest is about the episodes
-    played. value: min V of their first states, on average; near discounted_return where few
-    episodes are truncated. entropy, token_entropy: the mean of -log p per utterance and per token,
-    in a batch of the utterances played. The actor scores them after its steps, so this is a
-    cross-entropy, and it jumps when the policy does. distinct: the share of distinct utterances.
-    cut: the share without an end token. tokens: the mean number per utterance.
+    that of the variant (of ppo, the last epoch's). advantage, advantage_std: mean and standard
+    deviation of A. The rest is about the episodes played. value: min V of their first states, on
+    average; near discounted_return where few episodes are truncated. entropy, token_entropy: the
+    mean of -log p per utterance and per token, in a batch of the utterances played. The actor
+    scores them after its steps, so this is a cross-entropy, and it jumps when the policy does.
+    distinct: the share of distinct utterances. cut: the share without an end token. tokens: the
+    mean number per utterance.
     """
     q, v = torch.stack(q_and_v_losses).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
@@ -983,9 +983,9 @@ def with_tokens(episodes, actor):
     most = actor.utterance_tokens
     lost = [a for a, x in ids.items() if len(x) > most or decode(x).split("\n")[0] != a]
     longest = max(map(len, ids.values()), default=0)
-    line = f"a line that the tokenizer keeps, of at most {most} tokens (longest: {longest}"
-    message = f"an utterance must be {line}; --utterance-tokens)"
-    require(not lost, f"{message}; {len(lost)} are not, such as {lost[:1]}")
+    limit = f"at most {most} tokens (--utterance-tokens; the longest has {longest})"
+    message = f"an utterance must be a line of {limit} that the tokenizer keeps"
+    require(not lost, f"{message}: {len(lost)} are not, such as {lost[:1]}")
     return [[Transition(s, a, ids[a], *rest) for s, a, *rest in e] for e in episodes]
 
 
@@ -1030,11 +1030,11 @@ def dialogue(episode, actor, critic):
 
 def state_of(learner):
     """All that an iteration changes; `torch.load(..., weights_only=True)` reads it."""
-    # networks and optimizers
+    # Networks and optimizers. Transitions as plain tuples, since it refuses a namedtuple.
     state = {name: x.state_dict() for name, x in vars(learner).items() if hasattr(x, "state_dict")}
     return state | {
         "iteration": learner.iteration,
-        "buffer": [tuple(t) for t in learner.buffer.transitions],  # plain ones
+        "buffer": [tuple(t) for t in learner.buffer.transitions],
         "rng": learner.rng.getstate(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
@@ -1131,10 +1131,9 @@ def main(arguments=None):
     """The command line: an option for each setting. Mistakes are reported in one line."""
     parser = transformers.HfArgumentParser(Config, prog="archer.py", usage="%(prog)s [options]")
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
-    may_change = "go on; may take --iterations and --micro-batch"
-    parser.add_argument("--resume", metavar="FOLDER", help=may_change)
+    parser.add_argument("--resume", metavar="RUN", help="go on; takes --iterations, --micro-batch")
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Parsed twice, first for what decides the defaults; --help is for the second time.
+    # Parsed twice: the first time, without --help, for what decides the defaults.
     options = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
     game = GAMES.get(options.env)
     folder = options.resume

@@ -2691,7 +2691,7 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--actor no_newline": "on --device 'cpu': its tokenizer drops a final ne",
     "--critic no/folder | --critic too_few | --critic no_newline": "cannot use --critic '{}'",
     "--utterance-tokens 300 | --state-tokens 1": "no room for a state: change --state-tokens",
-    "--utterance-tokens 1": "a line that the tokenizer keeps, of at most 1 tokens (longest",
+    "--utterance-tokens 1": "at most 1 tokens (--utterance-tokens; the longest has 5",
     # games
     "--env typo": "the settings of typo: TypeError: Config.__init__() got an unex",
     "--actor gpt2 --env huge": "the first observation has 6000 tokens; --st",
@@ -2709,9 +2709,9 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--offline nowhere | --offline run | --offline gpt2/model.safetensors": "cannot read {}",
     "--offline false_done": "{}: line 3 should be a list of turns [s, a, r, s', terminated]: the e",
     "--offline null_state": "{}: line 2 should be a list of turns [s, a, r, s', terminated]: the n",
-    "--offline two_lines": "tokens (longest: 4; --utterance-tokens); 1 are not, such as",
-    "--offline sentences": "; --utterance-tokens); 1 are not, such as ['Up. Or\\nnot.']",
-    "--offline no_word": "; --utterance-tokens); 1 are not, such as ['go<|endoftext|>']",
+    "--offline two_lines": "at most 5 tokens (--utterance-tokens; the longest has 4) that",
+    "--offline sentences": " that the tokenizer keeps: 1 are not, such as ['Up. Or\\nnot.']",
+    "--offline no_word": " that the tokenizer keeps: 1 are not, such as ['go<|endoftext|>']",
     "--offline short_rows --seed 1": "terminated]: not a turn of five: ['go', 'go', 0.0, 'go']",
     # going on
     "--resume run --gamma 0.9 | --resume run --preset paper": "--resume takes no option but",

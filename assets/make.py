@@ -580,7 +580,7 @@ def own_settings(settings):
 
 def common_settings(game):
     """Those of a game, except what only serves ArCHer."""
-    return {name: x for name, x in GAMES[game].settings.items() if name not in SMALL_BUFFER}
+    return {name: x for name, x in GAMES[game].settings.items() if name not in STEADY}
 
 
 def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **settings):
@@ -661,14 +661,14 @@ STUDY_TRIED = {
         {"episodes": 64, "actor_lr": 1e-3},
     ],
 }
-SLOW = {"actor_lr": 1e-4, "actor_steps": 8}
-SMALL_BUFFER = {"capacity": 4000} | SLOW
+SMALL_STEPS = {"actor_lr": 1e-4, "actor_steps": 8}
+STEADY = {"capacity": 4000} | SMALL_STEPS
 # On the two games that ask for the most utterances ArCHer has three more, around its best.
 MORE_TRIED = {
     game: [
         {"episodes": episodes, "capacity": 4000},
-        {"episodes": episodes} | SLOW,
-        {"episodes": episodes} | SMALL_BUFFER,
+        {"episodes": episodes} | SMALL_STEPS,
+        {"episodes": episodes} | STEADY,
     ]
     for game, episodes in (("web_shop", 16), ("twenty_questions_full", 64))
 }
@@ -685,7 +685,7 @@ TWO_ADVANTAGES = {
 }
 LONG_WARMUP = {"warm-up of 40": {"warmup_iterations": 40}}
 CHANGES = {  # of ArCHer with the best of its four settings, game by game
-    "detective": TWO_ADVANTAGES | LONG_WARMUP | {"4,000 turns, small steps": SMALL_BUFFER},
+    "detective": TWO_ADVANTAGES | LONG_WARMUP | {"4,000 turns, small steps": STEADY},
     "twenty_questions_full": TWO_ADVANTAGES,
     "web_shop": LONG_WARMUP,
 }
@@ -1203,7 +1203,7 @@ TRIED = {
         SMALL_BATCH | {"episodes": 8, "capacity": 4000},
         SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 8},
         SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 16},
-        SMALL_BATCH | {"episodes": 8} | SMALL_BUFFER,
+        SMALL_BATCH | {"episodes": 8} | STEADY,
         SMALL_BATCH | {"episodes": 8, "capacity": 2000, "actor_lr": 1e-4, "actor_steps": 8},
     ],
     "CHAI": [
@@ -1243,9 +1243,9 @@ TRIED = {
 
 # After the choice, to see what keeps seed 0 at 330 points: (seed, settings) of ArCHer.
 AFTERWARDS = [
-    (NOT_SHOWN, SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | SMALL_BUFFER),
-    (NOT_SHOWN, SMALL_BATCH | {"episodes": 8, "gamma": 0.995} | SMALL_BUFFER),
-    (0, SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | SMALL_BUFFER),
+    (NOT_SHOWN, SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | STEADY),
+    (NOT_SHOWN, SMALL_BATCH | {"episodes": 8, "gamma": 0.995} | STEADY),
+    (0, SMALL_BATCH | {"episodes": 8, "gamma": 0.99} | STEADY),
 ]
 PAPER = {"ArCHer": 276, "CHAI": 274, "filtered BC": 267}  # points, read off a figure
 
@@ -1284,7 +1284,7 @@ def warm_start_once(actor, demonstrations, c, file):
 def adventure_run(run, watch=None):
     """Lines for adventure.csv: of every iteration, and of fresh play in the end.
 
-    watch: called with actor, critic and the demonstrations, then the episodes of each iteration.
+    watch: called with (actor, critic, episodes): the demonstrations, then those of each iteration.
     """
     torch.set_num_threads(1)
     path, folder, kind, method, seed, settings = run
@@ -1297,8 +1297,8 @@ def adventure_run(run, watch=None):
     c, actor, critic, demonstrations = archer.prepare(Config("adventure", seed, **settings))
     warm_start_once(actor, demonstrations, c, Path(folder, f"{kind} {seed} {c.batch}"))
     rows = []
-    watch = watch or (lambda *x: None)
-    watch(actor, critic, demonstrations)
+    watch = watch or (lambda x: None)
+    watch((actor, critic, demonstrations))
 
     def add(measure, count, episodes):
         line = (kind, method, seed, words(run[-1]), measure, count)
@@ -1306,7 +1306,7 @@ def adventure_run(run, watch=None):
 
     def report(_, episodes):
         add("play", len(episodes) * (1 + len(rows)), episodes)
-        watch(actor, critic, episodes)
+        watch((actor, critic, episodes))
 
     method_of(method)(GAMES["adventure"], actor, critic, demonstrations, c, report, **own)
     player = tutorial().Reranker(actor, critic) if method == "CHAI" else actor
@@ -1418,8 +1418,7 @@ def frontier(path):
     for kind, seed, settings in (("weak", 3, former), ("weak", 3, best), ("usual", 0, best)):
         watched = []
         with tempfile.TemporaryDirectory() as folder:
-            run = (path, folder, kind, "ArCHer", seed, settings)
-            adventure_run(run, lambda *x, watched=watched: watched.append(x))
+            adventure_run((path, folder, kind, "ArCHer", seed, settings), watched.append)
         (actor, critic, demonstrations), *played = watched
         played = [e for *_, episodes in played for e in episodes]
         print(f"\n{kind} demonstrations, seed {seed}, {words(settings)}\n")
@@ -1465,15 +1464,18 @@ def detours_table(path, actor, critic, played, gamma, n=100):
     rows = []
     for k, t in enumerate(episode):
         for a in sorted({a for _, a in tutorial().solution_of(path)}):
-            ((_, _, paid, s2, *_),) = turns_after(said[:k], [a])
-            if paid > 0 and room_of(s2) not in seen:
+            game = after([*said[:k], a])()
+            s2, _ = game.reset()
+            game.close()
+            if game.paid > 0 and room_of(s2) not in seen:
                 there = [any(room_of(x.s2) == room_of(s2) for x in e) for e in played]
                 parts = (there[:100], there[400:500], there[-100:])
                 shares = [f"{statistics.mean(x):.0%}" for x in parts]
                 A = archer.advantage(*critic([t.s], [a])).item()
                 row = [room_of(t.s), a, room_of(s2), *shares, f"{A:.2f}"]
-                for command in (a, t.a):
-                    returns = returns_after(said[:k], command, actor, gamma, n)
+                for command, paid in ((a, game.paid), (t.a, t.r)):
+                    games = rollout(after([*said[:k], command]), actor, n, random.Random(0))
+                    returns = [paid + gamma * mean_return([e], gamma) for e in games]
                     error = statistics.stdev(returns) / math.sqrt(n)
                     row.append(f"{statistics.mean(returns):.2f} ± {error:.2f}")
                 rows.append(row)
@@ -1481,32 +1483,17 @@ def detours_table(path, actor, critic, played, gamma, n=100):
     return markdown([*header, "return after it", "after what is said"], rows)
 
 
-def turns_after(prefix, commands):
-    """Turns (s, a, r, s', terminated) of the commands, said after those of a prefix."""
-    game = tutorial().Adventure()
-    s, _ = game.reset(seed=0)
-    turns = []
-    for a in [*prefix, *commands]:
-        s2, r, terminated, *_ = game.step(a)
-        turns.append((s, a, r, s2, terminated))
-        s = s2
-    game.close()
-    return turns[len(prefix) :]
+def after(commands):
+    """The adventure as it goes on after these commands. `paid`: the reward of the last."""
 
-
-def returns_after(prefix, command, actor, gamma, n):
-    """The discounted returns of n plays: the command after the prefix, then the actor's."""
-    ((_, _, paid, *_),) = turns_after(prefix, [command])
-
-    class Continued(tutorial().Adventure):
+    class After(tutorial().Adventure):
         def reset(self, *, seed=None, options=None):
             super().reset(seed=0)
-            for a in (*prefix, command):
-                s, *_ = self.step(a)
+            for command in commands:
+                s, self.paid, *_ = self.step(command)
             return s, {}
 
-    played = rollout(Continued, actor, n, random.Random(0))
-    return [paid + gamma * mean_return([e], gamma) for e in played]
+    return After
 
 
 def read_adventure(file):
