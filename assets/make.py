@@ -663,14 +663,62 @@ STUDY_TRIED = {
 }
 SMALL_STEPS = {"actor_lr": 1e-4, "actor_steps": 8}
 STEADY = {"capacity": 4000} | SMALL_STEPS
-# On the two games that ask for the most utterances ArCHer has three more, around its best.
+# On the two games that ask for the most utterances every method has three more, around its best.
 MORE_TRIED = {
-    game: [
-        {"episodes": episodes, "capacity": 4000},
-        {"episodes": episodes} | SMALL_STEPS,
-        {"episodes": episodes} | STEADY,
-    ]
-    for game, episodes in (("web_shop", 16), ("twenty_questions_full", 64))
+    "web_shop": {
+        "ArCHer": [
+            {"episodes": 16, "capacity": 4000},
+            {"episodes": 16} | SMALL_STEPS,
+            {"episodes": 16} | STEADY,
+        ],
+        "CHAI": [
+            {"episodes": 16, "gamma": 0.95},
+            {"episodes": 32, "gamma": 0.9},
+            {"episodes": 32, "gamma": 0.95, "capacity": 4000},
+        ],
+        "filtered BC": [
+            {"episodes": 16, "actor_steps": 16, "window": 320},
+            {"episodes": 32, "actor_steps": 32, "window": 320},
+            {"episodes": 32, "actor_steps": 16, "window": 160},
+        ],
+        "PPO": [
+            {"episodes": 16, "ppo_epochs": 4, "actor_lr": 1e-4},
+            {"episodes": 32, "ppo_epochs": 8, "actor_lr": 1e-4},
+            {"episodes": 32, "ppo_epochs": 4, "actor_lr": 1e-4, "lam": 0.99},
+        ],
+        "REINFORCE": [
+            {"episodes": 32, "actor_lr": 1e-4},
+            {"episodes": 32, "actor_lr": 6e-4},
+            {"episodes": 64},
+        ],
+    },
+    "twenty_questions_full": {
+        "ArCHer": [
+            {"episodes": 64, "capacity": 4000},
+            {"episodes": 64} | SMALL_STEPS,
+            {"episodes": 64} | STEADY,
+        ],
+        "CHAI": [
+            {"episodes": 16, "gamma": 0.95},
+            {"episodes": 32, "gamma": 0.9},
+            {"episodes": 16, "capacity": 4000},
+        ],
+        "filtered BC": [
+            {"episodes": 64, "actor_steps": 8, "window": 1280},
+            {"episodes": 128, "actor_steps": 16, "window": 1280},
+            {"episodes": 128, "actor_steps": 8, "window": 2560},
+        ],
+        "PPO": [
+            {"episodes": 64, "ppo_epochs": 4, "actor_lr": 1e-4},
+            {"episodes": 64, "ppo_epochs": 4, "lam": 0.99},
+            {"episodes": 32, "ppo_epochs": 8, "actor_lr": 1e-4},
+        ],
+        "REINFORCE": [
+            {"episodes": 8},
+            {"episodes": 16, "actor_lr": 1e-4},
+            {"episodes": 16, "actor_lr": 6e-4},
+        ],
+    },
 }
 ABLATIONS = {  # of ArCHer on the detective game
     "no target network": {"tau": 1.0},
@@ -777,7 +825,8 @@ SIZES_TRIED = {
 
 def tried_on(game):
     """{method: the settings tried}."""
-    return STUDY_TRIED | {"ArCHer": STUDY_TRIED["ArCHer"] + MORE_TRIED.get(game, [])}
+    more = MORE_TRIED.get(game, {})
+    return {method: tried + more.get(method, []) for method, tried in STUDY_TRIED.items()}
 
 
 def methods_tried(game):
