@@ -36,6 +36,7 @@ import math
 import random
 import sys
 import time
+import traceback
 import typing
 from functools import lru_cache, partial
 from pathlib import Path
@@ -64,22 +65,22 @@ class Config:
     """Every setting: what it is, and what its extremes do."""
 
     env: str = setting("detective", "the game: " + ", ".join(GAMES))
-    seed: int = setting(0, "of everything random; on a CPU the same seed gives the same run")
+    seed: int = setting(0, "of all random numbers; on a CPU the same seed gives the same run")
     device: str = setting("", "cpu, cuda or mps; empty: cuda if there is one, else cpu")
     actor: str = setting("", "causal language model, name or folder; empty: a new tiny GPT-2")
     critic: str = setting("", "encoder or decoder, name or folder; empty: a new tiny RoBERTa")
     out: str = setting("", "folder to write into; empty: a new one under runs/")
-    checkpoint_every: int = setting(10, "iterations; many: a stop loses more, few: slow")
+    checkpoint_every: int = setting(10, "iterations; many: a stop loses more work, few: slow")
 
     demonstrations: int = setting(2000, "to imitate, and to fill the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
-    warmup_iterations: int = setting(10, "first ones, critic only; 0: follows an untrained critic")
+    warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
     episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
-    state_tokens: int = setting(1024, "per state, the last ones; small: forgetful or refused")
+    state_tokens: int = setting(1024, "of a state, the last ones; small: the past is forgotten")
     capacity: int = setting(10_000, "transitions kept; small: nearly on-policy, large: old data")
 
     critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
@@ -87,22 +88,22 @@ class Config:
     gamma: float = setting(0.97, "discount per turn; 0: the immediate reward only, 1: no hurry")
     tau: float = setting(0.2, "soft update; 1: no target network, 0: a frozen one")
 
-    actor_steps: int = setting(4, "per iteration; 0: critic only, many: outruns the critic")
+    actor_steps: int = setting(4, "per iteration; 0: it never learns, many: it outruns the critic")
     actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
     batch: int = setting(128, "examples per gradient step; small: noisy, large: slow")
     micro_batch: int = setting(0, "examples per backward pass; small: less memory; 0: all")
     clip: float = setting(1.0, "largest gradient norm; 0: nothing learns, huge: no clipping")
 
     actor_loss: str = setting("reinforce", "or baseline (Eqs. 4, 5), ppo, awr (Eq. 7)")
-    baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: it never learns")
+    baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: the baseline never learns")
     ppo_epochs: int = setting(3, "steps on the same utterances; 1: the gradient of Eq. 3")
-    ppo_clip: float = setting(0.2, "of a token's ratio; small: timid steps, huge: no clipping")
+    ppo_clip: float = setting(0.2, "of probability ratios; small: timid steps, huge: no clipping")
     awr_beta: float = setting(1.0, "0: clones all logged utterances, large: those with A > 0")
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
     offline: str = setting("", "file to learn from; play only evaluates; empty: play")
-    evaluation_episodes: int = setting(500, "each for start, end and greedy end; few: noisy")
+    evaluation_episodes: int = setting(500, "at the start, the end, and greedily; few: noisy")
 
 
 # ==================================================================================================
@@ -113,9 +114,9 @@ class Config:
 class Transition(typing.NamedTuple):
     """One turn."""
 
-    s: str  # the state, all that the agent may know; should end in a newline
+    s: str  # the state, all that the agent is told, history included; should end in a newline
     a: str  # the utterance, without its newline
-    ids: list[int]  # its tokens, sampled or encoded, the end token included unless it was cut
+    ids: list[int]  # of the utterance, sampled or encoded, with its end token unless it was cut
     r: float  # the reward
     s2: str  # the next state
     done: bool  # the task ended, so V(s2) is 0; False where a time limit only truncates play
@@ -162,8 +163,8 @@ class Actor(nn.Module):
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
     gap. Position ids skip the padding, so that a row does not depend on the rest of its batch
-    (`independent_of_batch` finds models whose rows do, such as Mamba). Do not call `train()`: with
-    dropout, what is scored is not what was sampled.
+    (`independent_of_batch` finds models whose rows do, such as Mamba). Keep it in evaluation
+    mode: with dropout, what is scored is not what was sampled.
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
@@ -186,17 +187,17 @@ class Actor(nn.Module):
         new = "cache" in inspect.signature(model.forward).parameters
         self.cache_name = "cache" if new else "past_key_values"
 
-    def forward(self, ids, mask, keep, cache=None):
-        """Logits of the last `keep` positions, [B, keep, vocabulary], and the cache.
+    def forward(self, ids, mask, keep, cache=None, use_cache=True):
+        """Logits of the last `keep` positions, [B, keep, vocabulary], and the cache, if any.
 
         ids: [B, T], the tokens that are not in the cache. mask: [B, cached + T].
         """
-        # Of `ids`; padding does not count.
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+        inputs = {"input_ids": ids, "position_ids": positions[:, -ids.shape[1] :]}
+        inputs |= {"attention_mask": mask, self.cache_name: cache, "use_cache": use_cache}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.autocast):
-            out = self.model(**x, **{self.cache_name: cache}, use_cache=True, logits_to_keep=keep)
-        # Some models ignore `logits_to_keep`; with gradient checkpointing there is no cache.
+            out = self.model(**inputs, logits_to_keep=keep)
+        # Some models ignore `logits_to_keep`.
         return out.logits[:, -keep:].float(), out.get(self.cache_name)
 
     def act(self, states, greedy=False):
@@ -256,7 +257,8 @@ class Actor(nn.Module):
         """
         ids, mask, spoken = self.join(states, token_ids)
         L = spoken.shape[1]
-        logits, _ = self(ids, mask, keep=L + 1)  # one more: the logits at i-1 predict token i
+        # One more: the logits at i-1 predict token i.
+        logits, _ = self(ids, mask, keep=L + 1, use_cache=False)
         log_p = logits[:, :-1].log_softmax(2)
         return log_p.gather(2, ids[:, -L:, None]).squeeze(2), spoken
 
@@ -352,8 +354,8 @@ def v_loss(v, fresh_q):
 def advantage(q, v):
     """min(Q1, Q2) - min(V1, V2) of the online critic, [2, B] each -> [B].
 
-    Each minimum counters the overestimation of its own value. Their difference need not have mean
-    0 under the policy.
+    The lower Q and the lower V are taken, since either may be overestimated. So A need not have
+    mean 0 under the policy.
     """
     return q.min(0).values - v.min(0).values
 
@@ -386,7 +388,7 @@ def descend(loss_of, examples, optimizer, c):
     # The norm is of this optimizer's network alone: actor and critic are clipped separately.
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.clip)
     if not norm.isfinite():
-        raise FloatingPointError("a gradient is not finite: begin anew with lower rates or rewards")
+        raise FloatingPointError("a gradient is not finite: start anew with lower rates or rewards")
     optimizer.step()
     return total
 
@@ -584,19 +586,19 @@ class TokenBaseline(nn.Module):
         """The value before each token of the utterances, and `spoken`: [B, L] each."""
         ids, mask, spoken = self.actor.join(states, token_ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # as in Actor.forward
-        x = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        # The hidden states are used, not the logits.
-        x |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        # Only the hidden states matter; one logit is computed, since none cannot be asked for.
+        inputs |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.actor.autocast):
-            out = self.actor.model(**x)
+            out = self.actor.model(**inputs)
         L = spoken.shape[1]
         hidden = out.hidden_states[-1][:, -L - 1 : -1].float()  # the state at i-1 is for token i
         return self.head(hidden).squeeze(2), spoken
 
 
 class WithBaseline(ArCHer):
-    """Eqs. 4 and 5. Baseline steps precede every actor step, so that the warm-up has none; in
-    Algorithm 1 they come once per iteration."""
+    """Eqs. 4 and 5. The baseline is updated before every actor step, so not in the warm-up; in
+    Algorithm 1, once per iteration."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -626,7 +628,7 @@ class WithPPO(ArCHer):
         self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
         for _ in range(self.c.ppo_epochs):
             loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
-        del self.old_actor
+        del self.old_actor  # `state_of` would save it
         return examples, loss
 
     def loss_of_actor(self, s, token_ids, A):
@@ -658,12 +660,12 @@ class WithIQL(ArCHer):
         return expectile_loss(v, q, self.c.expectile)
 
 
-ACTOR_LOSSES = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "awr": WithAWR}
+LEARNERS = {"reinforce": ArCHer, "baseline": WithBaseline, "ppo": WithPPO, "awr": WithAWR}
 
 
 def variant(c):
     """The class that the settings name."""
-    base = ACTOR_LOSSES[c.actor_loss]
+    base = LEARNERS[c.actor_loss]
 
     class Mixed(WithIQL, base):
         """The critic of WithIQL, the actor steps of `base`."""
@@ -687,15 +689,22 @@ def require(condition, message):
 
 
 @contextlib.contextmanager
-def explained(what):
-    """Any error inside becomes a UserError that says what failed, and why."""
+def explained(what, located=False):
+    """Any error inside becomes a UserError that says what failed, and why.
+
+    located: also says in which file and line; for the code of a game.
+    """
     try:
         yield
     except UserError as error:
         raise UserError(f"{what}: {error}") from error
     except Exception as error:
+        what += f": {type(error).__name__}"
+        if located:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            what += f" in {Path(place.filename).name}, line {place.lineno}"
         why = str(error).strip().split(". ")[0]  # the first sentence; some libraries write pages
-        raise UserError(f"{what}: {type(error).__name__}: {why}") from error
+        raise UserError(f"{what}: {why}") from error
 
 
 @contextlib.contextmanager
@@ -754,6 +763,7 @@ def tiny_models(tokens):
     Found by trial: ReLU and wide initial weights let such models learn from few examples.
     """
     both = {"vocab_size": tokens, "hidden_size": 64, "num_attention_heads": 4}
+    # Token 0 is the end of text.
     both |= {"initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     gpt2 = {"num_hidden_layers": 2, "max_position_embeddings": 256, "activation_function": "relu"}
     roberta = {"num_hidden_layers": 1, "intermediate_size": 256, "hidden_act": "relu"}
@@ -863,14 +873,19 @@ def mean_return(episodes, gamma=1.0):
 def metrics(learner, q_and_v_losses, actor_updates):
     """The numbers of an iteration, a dict; README lists healthy and unhealthy values.
 
-    Losses are means over the steps; q_loss and v_loss are sums over the two heads; actor_loss is
-    that of the variant (of ppo, the last epoch's). advantage, advantage_std: mean and standard
-    deviation of A. The rest is about the episodes played. value: min V of their first states, on
-    average; near discounted_return where few episodes are truncated. entropy, token_entropy: the
-    mean of -log p per utterance and per token, in a batch of the utterances played. The actor
-    scores them after its steps, so this is a cross-entropy, and it jumps when the policy does.
-    distinct: the share of distinct utterances. cut: the share without an end token. tokens: the
-    mean number per utterance.
+    Means over the steps:
+        q_loss, v_loss: sums over the two heads.
+        actor_loss: that of the variant; of ppo, the last epoch's.
+        advantage, advantage_std: mean and standard deviation of A.
+    Of the episodes played:
+        value: min V of the first states, on average; near discounted_return where few episodes
+            are truncated.
+        entropy, token_entropy: the mean of -log p per utterance and per token, in a batch (or
+            micro-batch) of the utterances. The actor scores them after its steps, so this is a
+            cross-entropy, and it jumps when the policy does.
+        distinct: the share of distinct utterances.
+        cut: the share of utterances without an end token.
+        tokens: the mean number per utterance.
     """
     q, v = torch.stack(q_and_v_losses).mean(0).tolist()
     numbers = {"iteration": learner.iteration, "q_loss": q, "v_loss": v}
@@ -934,24 +949,27 @@ def read_episodes(path):
 def check_settings(c):
     """Raises UserError for settings that cannot work."""
     require(GAMES, "no games: put envs.py beside archer.py, or a class of your own into GAMES")
-    choices = {"env": GAMES, "actor_loss": ACTOR_LOSSES, "critic_loss": ("td", "iql")}
+    choices = {"env": GAMES, "actor_loss": LEARNERS, "critic_loss": ("td", "iql")}
     for name, known in choices.items():
-        require(getattr(c, name) in known, f"--{name}: choose from {list(known)}")
+        option = "--" + name.replace("_", "-")
+        require(getattr(c, name) in known, f"{option}: choose from {list(known)}")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
     least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes", "checkpoint_every"), 1)
     most = dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "gamma", "tau", "expectile"), 1)
     for field in dataclasses.fields(c):
         name, value = field.name, getattr(c, field.name)
+        option = "--" + name.replace("_", "-")
         types = (int, float) if field.type is float else (field.type,)
         kind = field.type.__name__
-        require(type(value) in types, f"--{name} must be of type {kind}, not {value!r}")
+        require(type(value) in types, f"{option} must be of type {kind}, not {value!r}")
         if field.type is not str:
             low, high = least.get(name, 0), most.get(name, 1e9)
-            require(low <= value <= high, f"--{name} must be {low:g} to {high:g}, not {value}")
+            require(low <= value <= high, f"{option} must be {low:g} to {high:g}, not {value}")
 
 
-class Nonsense:
-    """Plays in an actor's place, so that a game's mistakes show before any work is lost."""
+class TrialActor:
+    """Plays one game, so that its mistakes show before any work is lost. Says "look", nothing and
+    "?!" by turns."""
 
     turns = 0
 
@@ -963,12 +981,12 @@ class Nonsense:
 
 def given_episodes(c):
     """Episodes to begin with, from a file or the game: lists of turns (s, a, r, s', terminated)."""
-    demonstrate = getattr(GAMES[c.env], "demonstrations", None)
     if c.offline:
         return read_episodes(c.offline)
+    demonstrate = getattr(GAMES[c.env], "demonstrations", None)
     if not (demonstrate and c.demonstrations):
         return []
-    with explained(f"the demonstrations of {c.env}"):
+    with explained(f"the demonstrations of {c.env}", located=True):
         return [
             [checked_turn(turn) for turn in e] for e in demonstrate(c.demonstrations, seed=c.seed)
         ]
@@ -992,14 +1010,14 @@ def with_tokens(episodes, actor):
 def prepare(c, vocabulary=None):
     """Checks the settings and makes what they name, before any training.
 
-    vocabulary: only for a run that is resumed; its episodes are in the checkpoint. Returns the
-    settings as they will be used, actor, critic, and the episodes to begin with (demonstrations, or
-    the offline file; none if it is resumed), lists of transitions.
+    vocabulary: of a run that is resumed; its turns are in the checkpoint. Returns the settings as
+    they will be used, actor, critic, and the episodes to begin with (demonstrations, or the offline
+    file; none if it is resumed), lists of transitions.
     """
     check_settings(c)
     transformers.set_seed(c.seed)  # of torch, and of random and numpy, which a game may use
-    with explained(f"{c.env} is not as README describes a game"):
-        (trial,) = rollout(GAMES[c.env], Nonsense(), 1, random.Random(c.seed))
+    with explained(f"{c.env} is not as README describes a game", located=True):
+        (trial,) = rollout(GAMES[c.env], TrialActor(), 1, random.Random(c.seed))
     episodes = [] if vocabulary else given_episodes(c)
     if c.offline and not vocabulary:  # no play, and all of the file in the buffer
         c = dataclasses.replace(c, episodes=0, capacity=sum(map(len, episodes)))
@@ -1009,7 +1027,7 @@ def prepare(c, vocabulary=None):
     texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
     actor, critic = build(c, vocabulary or learn_vocabulary(texts))
     for tokenizer in (actor.tokenizer, critic.tokenizer):
-        n = len(tokenizer.encode(trial[0].s))
+        n = len(tokenizer.encode(trial[0].s, verbose=False))  # without a warning if too many
         room = tokenizer.model_max_length
         message = f"the first observation has {n} tokens; --state-tokens and model allow {room}"
         require(n <= room, message)
@@ -1023,18 +1041,19 @@ def dialogue(episode, actor, critic):
     for t in episode:
         q, v = critic([t.s], [t.a])
         log_p, _ = actor.log_probs([t.s], [t.ids])
-        numbers = f"r {t.r:4.1f}   Q {q.min():6.2f}   V {v.min():6.2f}   A {q.min() - v.min():6.2f}"
+        A = advantage(q, v).item()
+        numbers = f"r {t.r:4.1f}   Q {q.min():6.2f}   V {v.min():6.2f}   A {A:6.2f}"
         lines += [t.s.strip()[-80:], f"> {t.a:<24} {numbers}   log p {log_p.sum():6.2f}"]
     return "\n".join([*lines, episode[-1].s2.strip()[-80:]])
 
 
 def state_of(learner):
     """All that an iteration changes; `torch.load(..., weights_only=True)` reads it."""
-    # Networks and optimizers. Transitions as plain tuples, since it refuses a namedtuple.
+    # Networks and optimizers.
     state = {name: x.state_dict() for name, x in vars(learner).items() if hasattr(x, "state_dict")}
     return state | {
         "iteration": learner.iteration,
-        "buffer": [tuple(t) for t in learner.buffer.transitions],
+        "buffer": [tuple(t) for t in learner.buffer.transitions],  # not namedtuples: refused
         "rng": learner.rng.getstate(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
@@ -1084,7 +1103,8 @@ def run(c, record=None):
     c, actor, critic, demonstrations = prepare(c, record["vocabulary"] if record else None)
     game = GAMES[c.env]
     evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # still lacks its `rng`
-    with explained(f"the optimal_return of {c.env}"):  # now, so that a mistake in it costs nothing
+    # Now, so that a mistake in it costs nothing.
+    with explained(f"the optimal_return of {c.env}", located=True):
         optimum = float(game.optimal_return()) if hasattr(game, "optimal_return") else None
     folder = Path(c.out) if record else new_folder(c)
     if not record:
@@ -1133,7 +1153,7 @@ def main(arguments=None):
     parser.add_argument("--preset", choices=["paper", "pretrained"], help="settings: see envs.py")
     parser.add_argument("--resume", metavar="RUN", help="go on; takes --iterations, --micro-batch")
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Parsed twice: the first time, without --help, for what decides the defaults.
+    # Game, preset and --resume decide the defaults, so they are parsed first, without --help.
     options = parser.parse_args([x for x in arguments if x not in ("-h", "--help")])
     game = GAMES.get(options.env)
     folder = options.resume

@@ -128,7 +128,7 @@ def gap_closed(summary):
 
 
 def episodes_to_95(row):
-    """Episodes played when two iterations in a row first have 95 % of the gap closed, on average.
+    """Episodes played when two iterations in a row first have 95% of the gap closed, on average.
 
     Infinity: never.
     """
@@ -166,7 +166,7 @@ def effort_table(rows):
         greedy = f"{statistics.median(run['greedy'] for run in runs):.2f}"
         episodes = spread([episodes_to_95(run) for run in runs if "return" in run])
         lines.append([f"`{game}`", greedy, episodes, spread([run["seconds"] for run in runs])])
-    return markdown(["game", "greedy end", "episodes to 95 %", "seconds"], lines)
+    return markdown(["game", "greedy end", "episodes to 95%", "seconds"], lines)
 
 
 def read_results(file):
@@ -534,8 +534,8 @@ class WithComparedUtterancesAndBaseline(WithComparedUtterances, archer.WithBasel
     """The same, with a token baseline."""
 
 
-archer.ACTOR_LOSSES |= {"centred": WithCentredAdvantage, "compared": WithComparedUtterances}
-archer.ACTOR_LOSSES |= {"compared and baseline": WithComparedUtterancesAndBaseline}
+archer.LEARNERS |= {"centred": WithCentredAdvantage, "compared": WithComparedUtterances}
+archer.LEARNERS |= {"compared and baseline": WithComparedUtterancesAndBaseline}
 
 
 class Measurements:
@@ -625,7 +625,7 @@ def compare(game, seed, method="ArCHer", size=None, points=15, offline="", **set
 
 # All methods, games and seeds have so many episodes. Of each method's settings, tried on the same
 # game on a seed that is not shown, the one with the best mean of the last fifth is shown; of
-# equals, the one that first closes 80 %.
+# equals, the one that first closes 80%.
 # ArCHer's and CHAI's buffer begins with demonstrations, filtered BC's window too; REINFORCE and PPO
 # cannot use their rewards, and take a time limit for an end.
 STUDY_EPISODES = 2560
@@ -996,7 +996,7 @@ def end_of(rows):
 
 
 def best_of(runs, part, game, name, tried):
-    """The settings of a method or size with the best end; of equals, that which closes 80 % first.
+    """The settings of a method or size with the best end; of equals, that which closes 80% first.
 
     Without any run: the first settings.
     """
@@ -1053,9 +1053,9 @@ def methods_table(shown, wanted):
         "seeds",
         gap,
         "lowest at any time",
-        "episodes to 50 %",
-        "to 80 %",
-        "seconds to 80 %",
+        "episodes to 50%",
+        "to 80%",
+        "seconds to 80%",
         "seeds that get there",
         "seeds that end there",
         "seconds in all",
@@ -1845,7 +1845,7 @@ class WithPermutedAdvantage(ArCHer):
         return list(zip(s, token_ids, A, strict=True))
 
 
-archer.ACTOR_LOSSES |= {"exact": WithExactAdvantage, "permuted": WithPermutedAdvantage}
+archer.LEARNERS |= {"exact": WithExactAdvantage, "permuted": WithPermutedAdvantage}
 
 
 class Arrived(Exception):
@@ -1853,7 +1853,7 @@ class Arrived(Exception):
 
 
 def length_run(run):
-    """Lines for length.csv, at episode counts that grow by a quarter, until 80 % are earned.
+    """Lines for length.csv, at episode counts that grow by a quarter, until 80% are earned.
 
     Measured without luck: a return is ten times the share of episodes that are won.
     """
@@ -1884,7 +1884,7 @@ def length_run(run):
 
 
 def length(draw=False, file=HERE / "length.csv"):
-    """Episodes until 80 % are earned, against the number of doors; then against luck, too.
+    """Episodes until 80% are earned, against the number of doors; then against luck, too.
 
     draw: only shows what has been played.
     """
@@ -1924,7 +1924,7 @@ def length(draw=False, file=HERE / "length.csv"):
 
 
 def lifts_table(runs, usual):
-    """ArCHer at the limit: episodes to 80 %, seeds that arrive, the best measurement of each."""
+    """ArCHer at the limit: episodes to 80%, seeds that arrive, the best measurement of each."""
     rows = []
     for settings in (usual, *(usual | x for x in LIFTS)):
         keys = [(*LIMIT, "ArCHer", seed, words(settings)) for seed in range(5)]
@@ -1934,7 +1934,7 @@ def lifts_table(runs, usual):
             arrived = f"{sum(map(math.isfinite, episodes))} of {len(episodes)}"
             best = spread([max(row[3] for row in run) / 10 for run in played], 2)
             rows.append([words(settings), spread(episodes), arrived, best])
-    header = [f"ArCHer, {LIMIT[0]} doors", "episodes to 80 %", "seeds that arrive"]
+    header = [f"ArCHer, {LIMIT[0]} doors", "episodes to 80%", "seeds that arrive"]
     return markdown([*header, "most wins of a measurement"], rows)
 
 
@@ -1978,25 +1978,25 @@ def best_of_doors(runs, knobs):
 
 
 def spent_in_trials(runs, knobs, method, settings, column):
-    """Episodes (column 0) or seconds (2) to 80 % on every seed tried; infinity: never."""
+    """Episodes (column 0) or seconds (2) to 80% on every seed tried; infinity: never."""
     keys = [(*knobs, method, seed, words(settings)) for seed in DOORS_SEEDS_TRIED]
     return [first(runs[key], 8, column) for key in keys]
 
 
 def tried_doors_table(runs, knobs):
-    """A row a setting: episodes to 80 %; a dash: it did not arrive."""
+    """A row a setting: episodes to 80%; a dash: it did not arrive."""
     rows = []
     for method in methods_tried_on_doors(knobs):
         for x in DOORS_TRIED[method]:
             episodes = spent_in_trials(runs, knobs, method, x, 0)
             arrived = f"{sum(map(math.isfinite, episodes))} of {len(episodes)}"
             rows.append([method, words(x), spread(episodes), arrived])
-    header = ["method", f"settings tried, {doors_name(knobs)}", "episodes to 80 %"]
+    header = ["method", f"settings tried, {doors_name(knobs)}", "episodes to 80%"]
     return markdown([*header, "seeds that arrive"], rows)
 
 
 def arrivals(shown, knobs, method):
-    """Episodes to 80 % of the wins, of every seed; infinity: never."""
+    """Episodes to 80% of the wins, of every seed; infinity: never."""
     return [first(rows, 8) for rows in shown[knobs, method].values()]
 
 
@@ -2006,7 +2006,7 @@ def warm_start_wins(shown, knobs):
 
 
 def length_table(shown, games, best):
-    """A row a method, a column a game: episodes to 80 %, and how many seeds got there.
+    """A row a method, a column a game: episodes to 80%, and how many seeds got there.
 
     Then the ratio of the medians of PPO and ArCHer, if ArCHer's arrived, the utterances that both
     had said by then, those for learning included, and the seconds.
@@ -2041,7 +2041,7 @@ def length_table(shown, games, best):
 
 
 def plot_length(shown):
-    """A column for length, and one for luck once it has been played. Above, episodes to 80 %; a
+    """A column for length, and one for luck once it has been played. Above, episodes to 80%; a
     median that did not arrive is an arrow; a number says how many seeds arrived, if not all did.
     Below, how often warm-started play wins."""
 
@@ -2085,7 +2085,7 @@ def plot_length(shown):
         lower.plot(range(len(games)), [warm_start_wins(shown, x) for x in games], "o-k")
         lower.set_xticks(range(len(games)), games.values())
         lower.set(xlabel=label, ylim=(0, 1))
-    panels[0][0].set_ylabel("episodes until 80 % are won")
+    panels[0][0].set_ylabel("episodes until 80% are won")
     panels[1][0].set_ylabel("warm start wins")
     lines = panels[0][0].get_legend_handles_labels()
     numbers = "number: seeds that arrive,\nif not all"
@@ -2145,8 +2145,9 @@ def adventure_of_readme(runs):
         row.append(spread([last_fifth(run) for run in usual]))
         row.append(spread([arrival(run, 276) for run in usual]))
         rows.append([*row, spread([last_fifth(run) for run in weak]), PAPER.get(method, "")])
-    header = ["method", "points, last 240 of 1,200 episodes", "episodes until 32 average 276"]
-    return markdown([*header, "points, weak set", "paper (figure), GPT-2"], rows)
+    header = ["method", "points, last 240 of 1,200 episodes"]
+    header += ["episodes until the mean of 32 is 276", "points, weak demonstrations"]
+    return markdown([*header, "paper (figure), GPT-2"], rows)
 
 
 # ==================================================================================================
@@ -2162,7 +2163,7 @@ TRAPS = {  # change: (a piece of archer.py, what stands in its place)
         f"torch.stack([{Q_THEN_V} for k in (0, 1)])",
     ),
     "no position ids when scoring": (
-        "logits, _ = self(ids, mask, keep=L + 1)",
+        "logits, _ = self(ids, mask, keep=L + 1, use_cache=False)",
         "logits = self.model(ids, attention_mask=mask).logits[:, -L - 1 :].float()",
     ),
     "the decoded text is tokenised again": (
