@@ -6,9 +6,9 @@ They follow the Gymnasium calling convention without depending on Gymnasium:
     observation, info = game.reset(seed=0)
     observation, reward, terminated, truncated, info = game.step("go north")
 
-Your own game, a class in `GAMES`, needs only these two methods: no base class, no constructor
-arguments. Without `demonstrations` it also needs an --actor, or --offline. Observations end with a
-newline.
+Your own game is a class in `GAMES` with these two methods: no base class, no constructor arguments.
+Observations end with a newline. To train a tiny actor it also needs `demonstrations`, or a file for
+--offline.
 
 The games below share `TextGame`: in each of them one hidden thing is drawn uniformly, and
 everything else follows fixed rules. Dynamic programming therefore solves them exactly, except
@@ -35,42 +35,14 @@ class TextGame:
     limit: int  # maximum number of turns in an episode
     limit_is_part_of_task: bool  # True: the limit terminates; False: it truncates; see `step`
     skill = 0.5  # the best demonstrator's chance per turn to say `best_utterance`
-    settings = {}  # changes to archer.py's defaults for this game; the command line makes them
-    paper = {  # what `--preset paper` changes in `settings`; every game adds values of its own
-        # the paper's models
-        "actor": "gpt2",
-        "critic": "roberta-base",
-        # the paper's table of hyper-parameters
-        "episodes": 128,
-        "batch": 256,
-        "critic_steps": 50,
-        "actor_steps": 3,
-        "capacity": 10_000,
-        # the configurations released with the paper's code
-        "critic_lr": 2e-5,
-        "actor_lr": 1e-5,
-        "tau": 0.1,
-        "clip": 1.0,
-        "utterance_tokens": 32,
-        # our choice, like `iterations` and `warm_start_steps`, which stay those of the tiny models
-        "warm_start_lr": 1e-4,
-    }
-    # What `--preset pretrained` changes: a language model of GPT-2's size and an encoder, on a CPU.
-    # Tuned on the detective game; comparisons are with its settings for a tiny model.
-    pretrained = {"actor": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-    pretrained |= {"critic": "sentence-transformers/all-MiniLM-L6-v2"}
-    # It knows English: a sixth of the steps, at a fifth of the rate, teach it the game's phrases.
-    # A step costs seconds, hence small batches.
-    pretrained |= {"warm_start_steps": 200, "warm_start_lr": 2e-4, "batch": 32}
-    # It plays fewer episodes than a tiny model: 960 in place of 1,280.
-    pretrained |= {"iterations": 60, "episodes": 16, "warmup_iterations": 8}
-    # Pretrained weights want low rates. With actor_lr 2e-5, after 120 steps of warm start and 6
-    # iterations of warm-up, seed 0 had a return of 1 to 2; so we kept to 1e-5, 200 and 8.
-    pretrained |= {"critic_steps": 40, "critic_lr": 1e-4, "actor_steps": 2, "actor_lr": 1e-5}
+    settings = {}  # what archer.py's defaults become for this game
 
-    def rules(self, position, hidden, utterance):
-        """Returns (next position, reply, reward, over). Pure: reads only class attributes
-        and class methods. utterance: in lower case, with single spaces."""
+    @classmethod
+    def rules(cls, position, hidden, utterance):
+        """Returns (next position, reply, reward, over), and changes nothing.
+
+        utterance: in lower case, with single spaces.
+        """
         raise NotImplementedError
 
     def observe(self):
@@ -100,7 +72,7 @@ class TextGame:
 
         - True: the episode is `terminated`. Nothing follows, so a critic must not bootstrap. In
           Twenty Questions, for example, the task is to find out in time, and the observation, the
-          dialogue, shows which turn it is.
+          dialogue, shows which turn it is. (An utterance with a space in it can pass for two.)
         - False: the limit only keeps episodes short, and the episode is `truncated`. The critic
           bootstraps as if play continued. In Detective, for example, the observation does not show
           the turn: without bootstrapping, a state's target would depend on a clock it lacks.
@@ -118,33 +90,6 @@ class TextGame:
         return self.observe(), reward, terminated, truncated, {}
 
     @classmethod
-    def demonstrations(cls, episodes, seed=0):
-        """Suboptimal play. The skill of each episode is drawn uniformly from [0, cls.skill].
-
-        Returns a list of episodes, each a list of turns (s, a, r, s', done). The same seed
-        gives the same list. done is `terminated`: a truncated episode ends with done = False.
-        """
-        rng = random.Random(seed)
-        played = []
-        for _ in range(episodes):
-            game = cls()
-            skill = rng.uniform(0, cls.skill)
-            s, _ = game.reset(seed=rng.randrange(2**31))
-            episode = []
-            done = truncated = False
-            while not (done or truncated):
-                a = game.demonstrate(rng, skill)
-                s2, r, done, truncated, _ = game.step(a)
-                episode.append((s, a, r, s2, done))
-                s = s2
-            played.append(episode)
-        return played
-
-    def demonstrate(self, rng, skill):
-        """Returns the best utterance with probability `skill`, otherwise a random one."""
-        return self.best_utterance() if rng.random() < skill else rng.choice(self.utterances)
-
-    @classmethod
     @functools.cache
     def outcomes(cls, position, belief, utterance):
         """Returns what may follow an utterance.
@@ -154,8 +99,7 @@ class TextGame:
         """
         groups = {}  # outcome of the rules: the hidden things that lead to it
         for hidden in belief:
-            # `rules` reads class attributes only: the class will do in place of an instance
-            outcome = cls.rules(cls, position, hidden, utterance)
+            outcome = cls.rules(position, hidden, utterance)
             groups.setdefault(outcome, []).append(hidden)
         return [
             (len(group) / len(belief), next_position, tuple(group), reward, over)
@@ -220,6 +164,65 @@ class TextGame:
             key=lambda u: cls.utterance_value(position, belief, turns_left, u, turn_cost=1e-6),
         )
 
+    @classmethod
+    def demonstrations(cls, episodes, seed=0):
+        """Suboptimal play. The skill of each episode is drawn uniformly from [0, cls.skill].
+
+        Returns a list of episodes, each a list of turns (s, a, r, s', done). The same seed
+        gives the same list. done is `terminated`: a truncated episode ends with done = False.
+        """
+        rng = random.Random(seed)
+        played = []
+        for _ in range(episodes):
+            game = cls()
+            skill = rng.uniform(0, cls.skill)
+            s, _ = game.reset(seed=rng.randrange(2**31))
+            episode = []
+            done = truncated = False
+            while not (done or truncated):
+                a = game.demonstrate(rng, skill)
+                s2, r, done, truncated, _ = game.step(a)
+                episode.append((s, a, r, s2, done))
+                s = s2
+            played.append(episode)
+        return played
+
+    def demonstrate(self, rng, skill):
+        """Returns the best utterance with probability `skill`, otherwise a random one."""
+        return self.best_utterance() if rng.random() < skill else rng.choice(self.utterances)
+
+    # What `--preset paper` changes in `settings`; every game adds values of its own.
+    paper = {
+        # the paper's models
+        "actor": "gpt2",
+        "critic": "roberta-base",
+        # the paper's table of hyper-parameters
+        "episodes": 128,
+        "batch": 256,
+        "critic_steps": 50,
+        "actor_steps": 3,
+        "capacity": 10_000,
+        # the configurations released with the paper's code
+        "critic_lr": 2e-5,
+        "actor_lr": 1e-5,
+        "tau": 0.1,
+        "clip": 1.0,
+        "utterance_tokens": 32,
+        # our choice, like `iterations` and `warm_start_steps`, which stay those of the tiny models
+        "warm_start_lr": 1e-4,
+    }
+    # What `--preset pretrained` changes: a language model of GPT-2's size and an encoder, on a CPU.
+    # Tuned on the detective game.
+    pretrained = {"actor": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    pretrained |= {"critic": "sentence-transformers/all-MiniLM-L6-v2"}
+    # It knows English, so fewer steps at a lower rate teach it the game's phrases. A step takes
+    # seconds, hence small batches.
+    pretrained |= {"warm_start_steps": 200, "warm_start_lr": 2e-4, "batch": 32}
+    pretrained |= {"iterations": 60, "episodes": 16, "warmup_iterations": 8}
+    # Pretrained weights want low rates. With an actor_lr of 2e-5, and less warm start and warm-up,
+    # seed 0 had a return of 1 to 2.
+    pretrained |= {"critic_steps": 40, "critic_lr": 1e-4, "actor_steps": 2, "actor_lr": 1e-5}
+
 
 class TwentyQuestions(TextGame):
     """Which of eleven things is it? The player asks ("alive?") or guesses ("dog?").
@@ -234,7 +237,7 @@ class TwentyQuestions(TextGame):
     The paper's game has 157 words, ten in its subset, and its oracle is a language model.
     """
 
-    # A subclass with other facts must also define what follows, up to `utterances`.
+    # A subclass with other facts must also define the next four, which are made from them.
     facts = {  # question: the things for which the answer is yes
         "alive?": "dog cow eagle shark rose oak",
         "big?": "cow oak car boat",
@@ -243,7 +246,7 @@ class TwentyQuestions(TextGame):
     replies = {  # (question, thing): reply; the reply to every other pair is "no"
         (question, thing): "yes" for question, things in facts.items() for thing in things.split()
     }
-    hidden_things = tuple(dict.fromkeys(thing for _, thing in replies))  # those with a "yes", once
+    hidden_things = tuple(dict.fromkeys(thing for _, thing in replies))  # each thing once, in order
     guesses = {f"{thing}?": thing for thing in hidden_things}
     utterances = (*facts, *guesses)
     limit = 20
@@ -253,11 +256,12 @@ class TwentyQuestions(TextGame):
     settings = {"iterations": 160, "episodes": 16}
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.95, "actor_lr": 1e-6}
 
-    def rules(self, position, hidden, utterance):
-        if self.guesses.get(utterance) == hidden:
+    @classmethod
+    def rules(cls, position, hidden, utterance):
+        if cls.guesses.get(utterance) == hidden:
             return position, "yes", 0.0, True
-        if utterance in self.facts or utterance in self.guesses:
-            return position, self.replies.get((utterance, hidden), "no"), -1.0, False
+        if utterance in cls.facts or utterance in cls.guesses:
+            return position, cls.replies.get((utterance, hidden), "no"), -1.0, False
         return position, "what?", -1.0, False
 
     def observe(self):
@@ -276,9 +280,9 @@ class TwentyQuestionsFull(TwentyQuestions):
 
     Optimum between -6.47 and -6.22; random play -18.57, exact; demonstrations about -13.5.
 
-    The lower bound is the return of `best_utterance` (`greedy_return`), which is greedy: it asks
-    the question that splits the belief most evenly. The upper bound (`optimal_return`) is the best
-    return if there were a question for every way to split the belief.
+    The lower bound (`greedy_return`) is the return of a player whose questions split the belief as
+    evenly as they can. The upper bound (`optimal_return`) is the best return if there were a
+    question for every way to split the belief.
 
     The paper's game has 157 words, the same reward and 20 turns, and its oracle is a language
     model.
@@ -369,7 +373,7 @@ class TwentyQuestionsFull(TwentyQuestions):
     skill = 0.9
     # Twelve times as many utterances to learn. With a warm start at 2e-3 an actor forgot some.
     settings = {"iterations": 200, "episodes": 64, "warm_start_steps": 2400, "warm_start_lr": 4e-3}
-    # Smaller steps, from more recent play: better on seed 100.
+    # Smaller steps, from more recent play: better on seed 100, which we tune on.
     settings |= {"capacity": 4000, "actor_lr": 1e-4, "actor_steps": 8}
     paper = TwentyQuestions.paper | {"warmup_iterations": 20}
 
@@ -384,16 +388,17 @@ class TwentyQuestionsFull(TwentyQuestions):
         """Best expected return with n things left, if every way to split them had a question."""
         if n == 1 or turns_left == 0:
             return 0.0
-        after = [0.0, *(cls.bound(k, turns_left - 1) for k in range(1, n))]  # [k]: k things left
-        values = [(after[n - 1] - 1) * (n - 1) / n]  # of a guess, which is wrong for n - 1 things
-        for k in range(1, n):  # of a question, whose answer is yes for k things, no for n - k
+        # after[k]: with k things left, one turn later
+        after = [0.0, *(cls.bound(k, turns_left - 1) for k in range(1, n))]
+        values = [(after[n - 1] - 1) * (n - 1) / n]  # a guess is wrong for n - 1 things
+        for k in range(1, n):  # a question has the answer yes for k things, no for n - k
             values.append((k * after[k] + (n - k) * after[n - k]) / n - 1)
         return max(values)
 
     @classmethod
     @functools.cache
     def best(cls, position, belief, turns_left):
-        """Returns the question that splits the belief most evenly.
+        """Returns the question that splits the belief most evenly: greedy, not the optimum.
 
         If no question has at least two things on each side, returns a guess instead: it also splits
         off one thing, and may win.
@@ -423,7 +428,7 @@ class TwentyQuestionsFull(TwentyQuestions):
 
 
 class GuessMyCity(TwentyQuestions):
-    """Which of sixteen cities is it? Questions are open ("which is its main language?").
+    """Which of sixteen cities is it? The player asks ("which is its main language?") or guesses.
 
     The reply to a question is a word, the reply to a guess yes or no. Reward -1 a turn, 0 on the
     winning turn; after turn 20 the game is lost. The observation is the dialogue so far, with only
@@ -432,12 +437,12 @@ class GuessMyCity(TwentyQuestions):
 
     Optimum -1.75, in 2.75 turns on average; random play -11.90; demonstrations about -7.1.
 
-    The optimum is higher than in Twenty Questions because an open question tells more than a yes or
-    no. The paper's game has 100 cities, the same reward and 20 turns, and its oracle is a language
-    model.
+    The optimum is higher than in Twenty Questions because a question can have more than two
+    answers. The paper's game has 100 cities, the same reward and 20 turns, and its oracle is a
+    language model.
     """
 
-    facts = {  # question: {reply: its cities}; the inherited `rules` only looks questions up
+    facts = {  # question: {reply: its cities}; the inherited `rules` reads only the keys
         "which is its home continent?": {
             "Africa": "cairo algiers lagos nairobi",
             "America": "lima bogota montreal boston",
@@ -499,7 +504,7 @@ class GuessMyCity(TwentyQuestions):
             if len(parts) > 1:
                 expected = sum(len(part) / n * cls.plan(part)[0] for part in parts) - 1
                 plans.append((expected, question))
-        return max(plans, key=lambda plan: plan[0])
+        return max(plans, key=lambda p: p[0])
 
     @classmethod
     def optimal_return(cls):
@@ -552,18 +557,19 @@ class Detective(TextGame):
     limit_is_part_of_task = False
     paper = TextGame.paper | {"warmup_iterations": 10, "gamma": 0.98}
 
-    def rules(self, position, hidden, utterance):
+    @classmethod
+    def rules(cls, position, hidden, utterance):
         room, key, name = position
         verb, _, what = utterance.partition(" ")
-        if verb == "go" and what in self.doors[room]:
+        if verb == "go" and what in cls.doors[room]:
             if what == "down" and not key:
                 return position, "Locked.", 0.0, False
-            return (self.doors[room][what], key, name), "Done.", 0.0, False
+            return (cls.doors[room][what], key, name), "Done.", 0.0, False
         if utterance == "take key" and room == "study" and not key:
             return (room, True, name), "Taken.", 1.0, False
         if utterance == "take note" and room == "cellar" and not name:
             return (room, key, hidden), "Taken.", 2.0, False
-        if verb == "accuse" and what in self.hidden_things and name:
+        if verb == "accuse" and what in cls.hidden_things and name:
             return position, "Case closed.", 7.0 if what == hidden else 0.0, True
         return position, "No.", 0.0, False
 
@@ -578,7 +584,7 @@ class Detective(TextGame):
         return f"{reply} {room.capitalize()}: {', '.join(things) or 'nothing'}\n"
 
     def demonstrate(self, rng, skill):
-        """As in the other games, but half of the accusations name a random person: whether to
+        """As in `TextGame`, but half of the accusations name a random person: whether to
         follow the note is left to be learned."""
         utterance = super().demonstrate(rng, skill)
         if utterance.startswith("accuse") and rng.random() < 0.5:
@@ -589,10 +595,11 @@ class Detective(TextGame):
 class WebShop(TextGame):
     """Buy what is wanted: search, open one of the articles found, choose one of its sizes, buy.
 
-    Every episode has its own goal, a size, a colour, a kind and a maximum price, which every
+    Every episode has a goal, a size, a colour, a kind and a maximum price, which every
     observation shows. Only buying earns a reward: the share of the four wishes that the article
     meets, from 0 to 1. The size is met only if chosen since the article was opened. A search lists
-    up to three articles, those that share the most words with it; no others can be opened. Play is
+    up to three articles, whose names, colours and kinds share the most words with it; no others can
+    be opened. Play is
     truncated after 10 turns. The observation is the goal and the dialogue since the latest search.
     A new search clears what was listed, opened and chosen before.
 
@@ -637,7 +644,7 @@ class WebShop(TextGame):
     limit_is_part_of_task = False
     # Many goals, and a good article earns only 1/4 more than a fair one: hence many iterations.
     settings = {"iterations": 160, "episodes": 16, "warm_start_lr": 2e-3}
-    # Smaller steps, from more recent play: better on seed 100.
+    # Smaller steps, from more recent play: better on seed 100, which we tune on.
     settings |= {"capacity": 4000, "actor_lr": 1e-4, "actor_steps": 8}
     paper = TextGame.paper | {"episodes": 512, "warmup_iterations": 20, "gamma": 0.9}
 
@@ -650,19 +657,20 @@ class WebShop(TextGame):
         found = [article for article in hits if hits[article] > 0]
         return tuple(sorted(found, key=hits.get, reverse=True)[:3])
 
-    def rules(self, position, hidden, utterance):
+    @classmethod
+    def rules(cls, position, hidden, utterance):
         listed, article, size = position
         verb, _, what = utterance.partition(" ")
         if verb == "search":
-            found = self.search(what)
+            found = cls.search(what)
             shown = ""
             for name in found:
-                _, colour, kind, price = self.catalogue[name]
+                _, colour, kind, price = cls.catalogue[name]
                 shown += f" {name}/{colour}/{kind}/{price}"
             return (found, "", ""), shown or "nothing", 0.0, False
         if verb == "open" and what in listed:
-            return (listed, what, ""), self.catalogue[what][0].replace(" ", "/"), 0.0, False
-        sizes, colour, kind, price = self.catalogue.get(article, ("", "", "", 0))  # "": none open
+            return (listed, what, ""), cls.catalogue[what][0].replace(" ", "/"), 0.0, False
+        sizes, colour, kind, price = cls.catalogue.get(article, ("", "", "", 0))  # if any is open
         if verb == "choose" and what in sizes.split():
             return (listed, article, what), "ok", 0.0, False
         if utterance == "buy" and article:
@@ -681,7 +689,7 @@ class WebShop(TextGame):
         return f"Wanted: {size} {colour} {kind} under-{maximum}{dialogue}\n"
 
     def demonstrate(self, rng, skill):
-        """As in the other games, but often buys the open article at once or opens a random listed
+        """As in `TextGame`, but often buys the open article at once or opens a random listed
         one: to choose with care is left to be learned."""
         listed, article, _ = self.position
         utterance = super().demonstrate(rng, skill)

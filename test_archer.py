@@ -1953,7 +1953,7 @@ def exact_return_of(game, speak, position, belief, turns_left):
     said = speak(position, belief, turns_left)
     answers = collections.defaultdict(list)
     for hidden in belief:
-        answers[game.rules(game, position, hidden, said)].append(hidden)
+        answers[game.rules(position, hidden, said)].append(hidden)
     total = 0.0
     for (position2, _, reward, over), left in answers.items():
         if not over:
@@ -2060,7 +2060,7 @@ def test_guessing_games_have_twins_that_only_a_guess_tells_apart(game):
     """And every question tells something."""
     answers = collections.defaultdict(list)
     for hidden in game.hidden_things:
-        answers[tuple(game.rules(game, (), hidden, fact)[1] for fact in game.facts)].append(hidden)
+        answers[tuple(game.rules((), hidden, fact)[1] for fact in game.facts)].append(hidden)
     assert all(len(set(column)) > 1 for column in zip(*answers, strict=True))
     assert len(answers) < len(game.hidden_things)
     for twins in answers.values():
@@ -2228,8 +2228,9 @@ def test_numpy_values_make_the_same_run(quick, monkeypatch):
         def observe(self):
             return np.str_(super().observe())
 
-        def rules(self, *situation):
-            position, reply, r, over = Detective.rules(self, *situation)
+        @classmethod
+        def rules(cls, *situation):
+            position, reply, r, over = Detective.rules(*situation)
             return position, reply, np.float32(r), np.bool_(over)
 
         def best_utterance(self):

@@ -502,7 +502,7 @@ def method_of(name):
     rivals = {
         "CHAI": "chai",
         "filtered BC": "filtered_bc",
-        "REINFORCE": "reinforce_on_returns",
+        "REINFORCE": "reinforce",
         "PPO": "token_ppo",
     }
     return own[name] if name in own else getattr(tutorial(), rivals[name])
@@ -1769,10 +1769,11 @@ class Doors(envs.TextGame):
     def right(cls, door):
         return random.Random(door).choice(cls.utterances)
 
-    def rules(self, position, hidden, utterance):
-        if utterance != self.right(position):
+    @classmethod
+    def rules(cls, position, hidden, utterance):
+        if utterance != cls.right(position):
             return 0, "", 0.0, False
-        if position + 1 == self.length:
+        if position + 1 == cls.length:
             return position, "", 10.0, True
         return position + 1, "", 0.0, False
 
