@@ -1254,6 +1254,15 @@ def test_a_model_that_ignores_which_logits_to_keep_is_scored_alike(models, monke
     test_log_probs_equal_a_plain_loop_and_do_not_depend_on_batch_mates(models)
 
 
+def test_scoring_keeps_no_cache(models, monkeypatch):
+    """Which would hold a copy of all keys and values."""
+    actor, _ = models
+    calls = spied(monkeypatch, actor, "forward")
+    actor.log_probs(["go\n"], [[1]])
+    _, _, (_, cache) = calls[0]
+    assert cache is None
+
+
 def test_log_probs_equal_the_frequencies_of_sampling(models):
     actor, _ = models
     actor.utterance_tokens = 2
