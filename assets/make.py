@@ -732,7 +732,7 @@ TWO_ADVANTAGES = {
     "A from four utterances": {"actor_loss": "compared"},
 }
 LONG_WARMUP = {"warm-up of 40": {"warmup_iterations": 40}}
-CHANGES = {  # of ArCHer with the best of its four settings, game by game
+CHANGES = {  # of ArCHer with the best settings of STUDY_TRIED, game by game
     "detective": TWO_ADVANTAGES | LONG_WARMUP | {"4,000 turns, small steps": STEADY},
     "twenty_questions_full": TWO_ADVANTAGES,
     "web_shop": LONG_WARMUP,
