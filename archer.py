@@ -77,7 +77,7 @@ class Config:
     warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
-    warmup_iterations: int = setting(10, "critic only; 0: the actor follows an untrained critic")
+    warmup_iterations: int = setting(10, "first ones, no actor steps; 0: the critic is untrained")
     episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
     state_tokens: int = setting(1024, "of a state, the last ones; small: the past is forgotten")
@@ -103,7 +103,7 @@ class Config:
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
     offline: str = setting("", "file to learn from; play only evaluates; empty: play")
-    evaluation_episodes: int = setting(500, "at the start, the end, and greedily; few: noisy")
+    evaluation_episodes: int = setting(500, "each for start, end and greedy end; few: noisy")
 
 
 # ==================================================================================================
@@ -163,8 +163,8 @@ class Actor(nn.Module):
     `act` samples from the full softmax, without top-k or top-p, since that is what `log_probs`
     scores. Padding is on the left: padded on the right, a short state would be continued after a
     gap. Position ids skip the padding, so that a row does not depend on the rest of its batch
-    (`independent_of_batch` finds models whose rows do, such as Mamba). Keep it in evaluation
-    mode: with dropout, what is scored is not what was sampled.
+    (`independent_of_batch` finds models whose rows do, such as Mamba). The model stays in
+    evaluation mode: with dropout, what is scored would not be what was sampled.
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
@@ -281,7 +281,7 @@ class DoubleCritic(nn.Module):
         """encoder: in float32. tokenizer: needs a `model_max_length`, and `truncation_side="left"`;
         the usual side, right, would drop the latest turns. Afterwards call `.to(device)`."""
         super().__init__()
-        self.encoder = encoder.eval()  # no dropout: never call `train()`, as in Actor
+        self.encoder = encoder.eval()  # and so it stays, as in Actor
         self.tokenizer = tokenizer
         self.tokens_of = lru_cache(2**14)(partial(tokenizer.encode, truncation=True))
         h = encoder.config.get_text_config().hidden_size
@@ -878,6 +878,7 @@ def metrics(learner, q_and_v_losses, actor_updates):
         actor_loss: that of the variant; of ppo, the last epoch's.
         advantage, advantage_std: mean and standard deviation of A.
     Of the episodes played:
+        return, discounted_return, turns: means over the episodes.
         value: min V of the first states, on average; near discounted_return where few episodes
             are truncated.
         entropy, token_entropy: the mean of -log p per utterance and per token, in a batch (or
@@ -950,9 +951,6 @@ def check_settings(c):
     """Raises UserError for settings that cannot work."""
     require(GAMES, "no games: put envs.py beside archer.py, or a class of your own into GAMES")
     choices = {"env": GAMES, "actor_loss": LEARNERS, "critic_loss": ("td", "iql")}
-    for name, known in choices.items():
-        option = "--" + name.replace("_", "-")
-        require(getattr(c, name) in known, f"{option}: choose from {list(known)}")
     least = dict.fromkeys(("batch", "capacity", "critic_steps", "ppo_epochs"), 1)
     least |= dict.fromkeys(("utterance_tokens", "evaluation_episodes", "checkpoint_every"), 1)
     most = dict.fromkeys(("actor_lr", "critic_lr", "warm_start_lr", "gamma", "tau", "expectile"), 1)
@@ -962,6 +960,8 @@ def check_settings(c):
         types = (int, float) if field.type is float else (field.type,)
         kind = field.type.__name__
         require(type(value) in types, f"{option} must be of type {kind}, not {value!r}")
+        if name in choices:
+            require(value in choices[name], f"{option}: choose from {list(choices[name])}")
         if field.type is not str:
             low, high = least.get(name, 0), most.get(name, 1e9)
             require(low <= value <= high, f"{option} must be {low:g} to {high:g}, not {value}")

@@ -35,7 +35,7 @@ class TextGame:
     limit: int  # maximum number of turns in an episode
     limit_is_part_of_task: bool  # True: the limit terminates; False: it truncates; see `step`
     skill = 0.5  # the best demonstrator's chance per turn to say `best_utterance`
-    settings = {}  # what archer.py's defaults become for this game
+    settings = {}  # where this game differs from archer.py's defaults
 
     @classmethod
     def rules(cls, position, hidden, utterance):
@@ -595,13 +595,12 @@ class Detective(TextGame):
 class WebShop(TextGame):
     """Buy what is wanted: search, open one of the articles found, choose one of its sizes, buy.
 
-    Every episode has a goal, a size, a colour, a kind and a maximum price, which every
-    observation shows. Only buying earns a reward: the share of the four wishes that the article
-    meets, from 0 to 1. The size is met only if chosen since the article was opened. A search lists
-    up to three articles, whose names, colours and kinds share the most words with it; no others can
-    be opened. Play is
-    truncated after 10 turns. The observation is the goal and the dialogue since the latest search.
-    A new search clears what was listed, opened and chosen before.
+    Every episode has a goal, a size, a colour, a kind and a maximum price, which every observation
+    shows. Only buying earns a reward: the share of the four wishes that the article meets, from 0
+    to 1. The size is met only if chosen since the article was opened. A search lists up to three
+    articles, whose names, colours and kinds share the most words with it; no others can be opened.
+    Play is truncated after 10 turns. The observation is the goal and the dialogue since the latest
+    search. A new search clears what was listed, opened and chosen before.
 
     Optimum 1, in 4 turns; random play 0.01; demonstrations about 0.40.
 
