@@ -1213,10 +1213,10 @@ PARTS_OF_STUDY = [*FIVE, *PARTS, "changes"]
 # adventure: the paper's own Detective game, in the interpreter that `jericho` brings
 # ==================================================================================================
 
-# For every method: settings that were tried on a seed that is not shown, for 800 episodes. The one
-# with the highest mean of the last fifth of its episodes is then played for 1,200 episodes on five
-# others, from both kinds of demonstrations. Methods of the same batch have the same warm start;
-# ArCHer's batch of 64, in the settings shown, halves the examples of its warm start.
+# For every method: eight settings that were tried on a seed that is not shown, for 800 episodes.
+# The one with the highest mean of the last fifth of its episodes is then played for 1,200 episodes
+# on five others, from both kinds of demonstrations. Methods of the same batch have the same warm
+# start; ArCHer's batch of 64, in the settings shown, halves the examples of its warm start.
 ADVENTURE = {"demonstrations": 400, "warm_start_steps": 700, "warmup_iterations": 8, "episodes": 16}
 SMALL_BATCH = {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline", "batch": 64}
 AWR = {"actor_loss": "awr", "awr_beta": 3.0, "actor_steps": 16}
@@ -1230,23 +1230,6 @@ TRIED = {
         SMALL_BATCH,
         SMALL_BATCH | {"episodes": 8},
         {"gamma": 0.985, "critic_steps": 100, "batch": 64, "episodes": 8},
-        SMALL_BATCH | {"episodes": 4},
-        SMALL_BATCH | {"episodes": 8, "gamma": 0.99},
-        SMALL_BATCH | {"episodes": 4, "gamma": 0.99},
-        SMALL_BATCH | {"episodes": 4, "actor_loss": "ppo"},
-        SMALL_BATCH | {"episodes": 8, "actor_steps": 8},
-        SMALL_BATCH | {"episodes": 8, "actor_steps": 16},
-        SMALL_BATCH | {"episodes": 8, "actor_steps": 8, "critic_loss": "iql"},
-        SMALL_BATCH | {"episodes": 8} | AWR,
-        SMALL_BATCH | {"episodes": 8} | AWR | {"critic_loss": "iql"},
-        SMALL_BATCH | {"episodes": 8, "actor_loss": "compared"},
-        SMALL_BATCH | {"episodes": 8, "actor_loss": "compared and baseline"},
-        SMALL_BATCH | {"episodes": 8, "capacity": 30_000},
-        SMALL_BATCH | {"episodes": 8, "capacity": 4000},
-        SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 8},
-        SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 16},
-        SMALL_BATCH | {"episodes": 8} | STEADY,
-        SMALL_BATCH | {"episodes": 8, "capacity": 2000, "actor_lr": 1e-4, "actor_steps": 8},
     ],
     "CHAI": [
         {"gamma": 0.97},
@@ -1255,6 +1238,8 @@ TRIED = {
         {"gamma": 0.97, "critic_steps": 100},
         {"gamma": 0.985, "critic_steps": 100},
         {"gamma": 0.99, "critic_steps": 100},
+        {"gamma": 0.985, "episodes": 8},
+        {"gamma": 0.985, "capacity": 4000},
     ],
     "filtered BC": [
         {"window": 400, "actor_steps": 8},
@@ -1263,6 +1248,8 @@ TRIED = {
         {"window": 160, "actor_steps": 16},
         {"window": 160, "actor_steps": 16, "actor_lr": 1e-4},
         {"window": 800, "actor_steps": 16},
+        {"window": 160, "actor_steps": 16, "episodes": 8},
+        {"window": 80, "actor_steps": 16},
     ],
     "PPO": [
         {"ppo_epochs": 4},
@@ -1271,6 +1258,8 @@ TRIED = {
         {"ppo_epochs": 2, "actor_lr": 1e-4},
         {"ppo_epochs": 2, "actor_lr": 1e-4, "episodes": 32},
         {"ppo_epochs": 4, "actor_lr": 3e-5},
+        {"ppo_epochs": 4, "actor_lr": 1e-4, "episodes": 32},
+        {"ppo_epochs": 4, "actor_lr": 6e-5},
     ],
     "REINFORCE": [
         {},
@@ -1279,8 +1268,31 @@ TRIED = {
         {"episodes": 32},
         {"episodes": 32, "actor_lr": 1e-4},
         {"episodes": 8, "actor_lr": 1e-4},
+        {"actor_lr": 6e-5},
+        {"actor_lr": 1.5e-4},
     ],
 }
+# What else was tried for ArCHer, whose best of all these settings is shown, too.
+TRIED_LATER = [
+    SMALL_BATCH | {"episodes": 4},
+    SMALL_BATCH | {"episodes": 8, "gamma": 0.99},
+    SMALL_BATCH | {"episodes": 4, "gamma": 0.99},
+    SMALL_BATCH | {"episodes": 4, "actor_loss": "ppo"},
+    SMALL_BATCH | {"episodes": 8, "actor_steps": 8},
+    SMALL_BATCH | {"episodes": 8, "actor_steps": 16},
+    SMALL_BATCH | {"episodes": 8, "actor_steps": 8, "critic_loss": "iql"},
+    SMALL_BATCH | {"episodes": 8} | AWR,
+    SMALL_BATCH | {"episodes": 8} | AWR | {"critic_loss": "iql"},
+    SMALL_BATCH | {"episodes": 8, "actor_loss": "compared"},
+    SMALL_BATCH | {"episodes": 8, "actor_loss": "compared and baseline"},
+    SMALL_BATCH | {"episodes": 8, "capacity": 30_000},
+    SMALL_BATCH | {"episodes": 8, "capacity": 4000},
+    SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 8},
+    SMALL_BATCH | {"episodes": 8, "actor_lr": 1e-4, "actor_steps": 16},
+    SMALL_BATCH | {"episodes": 8} | STEADY,
+    SMALL_BATCH | {"episodes": 8, "capacity": 2000, "actor_lr": 1e-4, "actor_steps": 8},
+]
+OF_25 = "ArCHer, best of 25 settings"
 
 
 # After the choice, to see what keeps seed 0 at 330 points: (seed, settings) of ArCHer.
@@ -1421,8 +1433,7 @@ def adventure(path, file=HERE / "adventure.csv"):
         play_adventure(path, file)
     runs = read_adventure(file)
     print(tried_table(runs) + "\n\n" + shown_table(shown_runs(runs)))
-    best = {(method, words(settings)) for method, settings in best_settings(runs).items()}
-    plot_adventure({key: x for key, x in shown_runs(runs).items() if key[1:] in best})
+    plot_adventure(runs)
 
 
 def play_adventure(path, file):
@@ -1435,14 +1446,15 @@ def play_adventure(path, file):
 
     with tempfile.TemporaryDirectory() as folder:
         tried = [(method, NOT_SHOWN, x) for method, settings in TRIED.items() for x in settings]
+        tried += [("ArCHer", NOT_SHOWN, x) for x in TRIED_LATER]
         runs = [(path, folder, "usual", *run) for run in tried]
         complete(file, header, runs, key_of, adventure_run, 5)
         best = best_settings(read_adventure(file))
         runs = [
-            (path, folder, kind, method, seed, settings)
+            (path, folder, kind, method_named(name), seed, settings)
             for kind in ("usual", "weak")
             for seed in range(5)
-            for method, settings in best.items()
+            for name, settings in best.items()
         ]
         runs += [(path, folder, "usual", "ArCHer", *run) for run in AFTERWARDS]
         complete(file, header, runs, key_of, adventure_run, 5)
@@ -1452,12 +1464,12 @@ def frontier(path):
     """Why ArCHer stands still on two seeds.
 
     What it says in the room before the first reward that no weak demonstration earns: seed 3, with
-    former settings, which end near 200 points, and with those shown. What it leaves out in the end
-    on seed 0. path: of the game, detective.z5.
+    the best of eight settings, which end near 200 points, and with the best of 25. What it leaves
+    out in the end on seed 0. path: of the game, detective.z5.
     """
-    best = best_settings(read_adventure(HERE / "adventure.csv"))["ArCHer"]
-    former = SMALL_BATCH | {"episodes": 8}
-    for kind, seed, settings in (("weak", 3, former), ("weak", 3, best), ("usual", 0, best)):
+    best = best_settings(read_adventure(HERE / "adventure.csv"))
+    of_8, of_25 = best["ArCHer"], best[OF_25]
+    for kind, seed, settings in (("weak", 3, of_8), ("weak", 3, of_25), ("usual", 0, of_25)):
         watched = []
         with tempfile.TemporaryDirectory() as folder:
             adventure_run((path, folder, kind, "ArCHer", seed, settings), watched.append)
@@ -1553,14 +1565,30 @@ def last_fifth(run):
     return statistics.mean(score for _, score in played[-(len(played) // 5) :])
 
 
-def best_settings(runs):
-    """{method: the settings with the best last fifth on the seed that is not shown}."""
+def method_named(name):
+    return name.split(",")[0]
 
-    def score(method, settings):
-        run = runs.get(("usual", method, NOT_SHOWN, words(settings)))
+
+def best_settings(runs):
+    """{name: the settings with the best last fifth on the seed that is not shown}.
+
+    A name is a method, or `OF_25`.
+    """
+
+    def score(name, settings):
+        run = runs.get(("usual", method_named(name), NOT_SHOWN, words(settings)))
         return last_fifth(run) if run else -math.inf
 
-    return {m: max(tried, key=functools.partial(score, m)) for m, tried in TRIED.items()}
+    tried = {"ArCHer": TRIED["ArCHer"], OF_25: TRIED["ArCHer"] + TRIED_LATER} | TRIED
+    return {name: max(x, key=functools.partial(score, name)) for name, x in tried.items()}
+
+
+def best_runs(runs):
+    """{(demonstrations, name, settings): the runs of those seeds that have been played}."""
+    shown = shown_runs(runs)
+    best = best_settings(runs).items()
+    keys = [(kind, name, words(x)) for kind in ("usual", "weak") for name, x in best]
+    return {(kind, name, x): shown[kind, method_named(name), x] for kind, name, x in keys}
 
 
 def shown_runs(runs):
@@ -1619,31 +1647,35 @@ def shown_table(shown):
     return markdown(header, rows)
 
 
-def plot_adventure(shown):
+def plot_adventure(runs):
     """A panel for each kind of demonstrations that all methods have played on five seeds, a line a
-    method: median and range of the seeds."""
-    seeds = collections.defaultdict(list)
-    for (kind, *_), runs in shown.items():
-        seeds[kind].append(len(runs))
-    shown = {key: runs for key, runs in shown.items() if seeds[key[0]] == [5] * len(LOOKS)}
+    method: median and range of the seeds. Of `OF_25` the median alone, dashed."""
+    shown = best_runs(runs)
     kinds = {
         "usual": "400 demonstrations, up to 360 points",
         "weak": "400 weak demonstrations, up to 150 points",
     }
-    kinds = {kind: text for kind, text in kinds.items() if any(key[0] == kind for key in shown)}
+    for kind in list(kinds):
+        if any(len(x) < 5 for key, x in shown.items() if key[0] == kind):
+            del kinds[kind]
     if not kinds:
         return
     figure = Figure(figsize=(4 + 5 * len(kinds), 4), layout="constrained")
     panels = dict(zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0], strict=True))
-    order = sorted(shown.items(), key=lambda x: list(LOOKS).index(x[0][1]))
-    for (kind, method, settings), runs in order:
-        color, marker = LOOKS[method]
-        label = f"{method},\ntoken baseline" if "baseline" in settings else method
-        lines = [smoothed(run) for run in runs]
+    shown = {key: x for key, x in shown.items() if key[0] in kinds}
+    for (kind, name, settings), five in shown.items():
+        color, marker = LOOKS[method_named(name)]
+        label = name.replace("ArCHer", "ArCHer, token baseline") if "baseline" in settings else name
+        label = label.replace(", ", ",\n")
+        lines = [smoothed(run) for run in five]
         x = [episodes for episodes, _ in lines[0]]
         scores = list(zip(*([score for _, score in line] for line in lines), strict=True))
+        median = [statistics.median(y) for y in scores]
+        if name == OF_25:
+            panels[kind].plot(x, median, label=label, linestyle="--", color=color)
+            continue
         style = {"marker": marker, "markevery": len(x) // 8, "markersize": 5, "color": color}
-        panels[kind].plot(x, [statistics.median(y) for y in scores], label=label, **style)
+        panels[kind].plot(x, median, label=label, **style)
         low = [min(y) for y in scores]
         high = [max(y) for y in scores]
         panels[kind].fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
@@ -2130,15 +2162,13 @@ def doors_of_readme(runs):
 def adventure_of_readme(runs):
     """Medians and ranges of five seeds, from both kinds of demonstrations."""
     rows = []
-    for method, settings in best_settings(runs).items():
-        usual, weak = (
-            [runs[kind, method, seed, words(settings)] for seed in range(5)]
-            for kind in ("usual", "weak")
-        )
-        row = [f"{method} with token baseline" if "actor_loss" in settings else method]
+    shown = best_runs(runs)
+    for name, settings in best_settings(runs).items():
+        usual, weak = (shown[kind, name, words(settings)] for kind in ("usual", "weak"))
+        row = [f"{name} with token baseline" if name == "ArCHer" else name]
         row.append(spread([last_fifth(run) for run in usual]))
         row.append(spread([arrival(run, 276) for run in usual]))
-        rows.append([*row, spread([last_fifth(run) for run in weak]), PAPER.get(method, "")])
+        rows.append([*row, spread([last_fifth(run) for run in weak]), PAPER.get(name, "")])
     header = ["method", "points, last 240 of 1,200 episodes"]
     header += ["episodes until the mean of 32 is 276", "points, weak"]
     return markdown([*header, "paper (figure), GPT-2"], rows)
