@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -1445,10 +1446,10 @@ def test_a_token_baseline_sees_what_was_said_before_and_moves_itself_only(models
     assert torch.allclose(loss, archer.actor_loss_with_baseline(log_p, spoken, torch.stack(A), v))
     loss.backward()
     assert gradient_size(actor) > 0 and gradient_size(baseline) == gradient_size(critic) == 0
-    # Its step is its own, at the critic's rate.
-    before = [p.detach().clone() for p in baseline.head.parameters()]
+    # Its step is its own, at the critic's rate, and trains all of it.
+    before = [p.detach().clone() for p in baseline.parameters()]
     learner.actor_step()
-    assert not any(map(torch.equal, before, baseline.head.parameters()))
+    assert not any(map(torch.equal, before, baseline.parameters()))
     (group,) = learner.baseline_optimizer.param_groups
     assert group["lr"] == learner.c.critic_lr
 
@@ -1464,6 +1465,7 @@ def test_critic_targets_come_from_the_target_network_and_from_fresh_utterances(m
         q, v = critic(s, a)
         assert torch.equal(learner.target(s, a)[0], q)
         for p in learner.target.parameters():
+            assert not p.requires_grad
             p.add_(0.02 * torch.randn_like(p))
         assert torch.equal(critic(s, a)[0], q)  # each has its own weights
         losses = learner.critic_losses(batch, fresh)
@@ -1489,10 +1491,18 @@ def test_advantages_come_from_the_critic_not_from_its_target(actor_loss, models)
 def test_bfloat16_is_for_two_named_models_on_a_gpu(stock, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", lambda network, device: network)
     names = {"actor": f"{stock}/gpt2", "critic": f"{stock}/roberta"}
-    for given in ({}, {"actor": names["actor"]}, names):
+    for given in ({}, {"actor": names["actor"]}, {"critic": names["critic"]}, names):
         for device in ("cpu", "cuda"):
             actor, critic = archer.build(Config(device=device, **given), vocabulary())
             assert actor.autocast == critic.autocast == (given == names and device == "cuda")
+
+
+@pytest.mark.parametrize("gpu, chosen", [(True, "cuda"), (False, "cpu")])
+def test_a_gpu_is_used_if_there_is_one(gpu, chosen, monkeypatch):
+    used = spied(monkeypatch, torch.nn.Module, "to", lambda network, device: network)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    archer.build(Config(), vocabulary())
+    assert [device for (_, device), *_ in used] == [chosen, chosen]
 
 
 def test_bfloat16_stays_inside_the_models(models, monkeypatch):
@@ -1826,8 +1836,8 @@ def test_episodes_are_chains_and_only_what_terminated_is_done(models):
         more = archer.rollout(game, actor, 5, rng)
         # Each game has its own seed.
         assert len({episode[0].s for episode in episodes + more}) == 10
-    greedy, same = (archer.rollout(game, actor, 5, random.Random(0), greedy=True) for _ in "12")
-    assert greedy == same
+    greedy = archer.rollout(game, actor, 5, random.Random(0), greedy=True)
+    assert archer.rollout(game, actor, 5, random.Random(0), greedy=True) == greedy
 
 
 class Weather:
@@ -1912,7 +1922,9 @@ def play(game, speak, **how):
         assert type(reward) is float and not (terminated and truncated)
         over = terminated or truncated
     assert len(steps) == game.turns <= game.limit
-    assert terminated or copy.deepcopy(game).step("")[3], "play goes on past the limit"
+    if truncated:
+        *_, truncated, _ = copy.deepcopy(game).step("")
+        assert truncated, "play goes on past the limit"
     return steps
 
 
@@ -1942,7 +1954,8 @@ def test_the_optimal_player_wins_always_and_earns_the_optimal_return(game):
         played.append(steps)
     returns = [earned(steps) for steps in played]
     assert fmean(returns) == pytest.approx(best_known_return(game))
-    assert 2 * min(returns) > game.random_return() + game.optimal_return()
+    # Even the worst game is nearer to the optimum than to chance.
+    assert min(returns) > (game.random_return() + game.optimal_return()) / 2
     told = re.search(r", in ([\d.]+) turns", " ".join(game.__doc__.split()))
     assert told or game is TwentyQuestionsFull
     assert not told or fmean(map(len, played)) == pytest.approx(float(told[1]), abs=0.005)
@@ -2004,7 +2017,7 @@ def test_levels_are_as_the_docstring_says(game):
     assert re.search(rf"random play {game.random_return():.2f}[,;]", doc)
     assert re.search(rf"after (turn )?{game.limit}\b", doc) or game is TwentyQuestionsFull
     told = re.search(r"demonstrations about (-?[\d.]+\d)", doc)
-    assert abs(float(told[1]) - fmean(shown)) < error_of(shown) + 0.05
+    assert abs(float(told[1]) - fmean(shown)) < error_of(shown)
 
 
 @each_game
@@ -2012,8 +2025,8 @@ def test_the_limit_ends_a_game_that_shows_the_turn_and_cuts_one_that_does_not(ga
     steps = play(game(), lambda g: g.utterances[0], seed=0)
     assert len(steps) == game.limit
     assert steps[-1][2:4] == (game.limit_is_part_of_task, not game.limit_is_part_of_task)
-    # Texts that all differ show how many turns are left.
-    assert (len({step[0] for step in steps}) == game.limit) == game.limit_is_part_of_task
+    all_differ = len({step[0] for step in steps}) == game.limit
+    assert all_differ == game.limit_is_part_of_task  # the text shows how many turns are left
     monkeypatch.setattr(game, "limit", 1)
     assert {e[-1][4] for e in game.demonstrations(50)} == {game.limit_is_part_of_task}
 
@@ -2042,6 +2055,37 @@ def test_any_utterance_is_legal_and_the_reply_tells_no_more_than_the_rules(game)
             other.reset(options={"hidden": hidden})
             same = [other.step(said) for said, _ in one.history] == steps
             assert same == (hidden in one.belief)
+
+
+SHOWN = {  # game: what is hidden, what is said, and what is then shown
+    "twenty_questions": ("dog", "alive?/big?", "Questions: alive?yes big?no\n"),
+    "twenty_questions_full": (
+        "dog",
+        "is it alive?/alive?",
+        "Questions: is it alive?what? alive?yes\n",
+    ),
+    "guess_my_city": (
+        "paris",
+        "which is its home continent?/is it near the sea?",
+        "Answers: continent?Europe sea?no\n",
+    ),
+    "detective": ("cook", "go north/go east/take key", "Taken. Study: key\n"),
+    "web_shop": (
+        ("small", "red", "lamp", 20),
+        "search bag/search erba/open erba/choose large",
+        "Wanted: small red lamp under-20 search erba: erba/red/rug/35 open erba:small/large "
+        "choose large:ok\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_observations_to_the_letter(name):
+    hidden, said, shown = SHOWN[name]
+    game = GAMES[name]()
+    game.reset(options={"hidden": hidden})
+    *_, last = [game.step(utterance) for utterance in said.split("/")]
+    assert last[0] == shown
 
 
 @pytest.mark.parametrize("game", [TwentyQuestions, GuessMyCity, TwentyQuestionsFull])
@@ -2109,13 +2153,14 @@ def test_detective_hides_the_culprit_until_the_note_is_taken():
         first, _ = game.reset(options={"hidden": culprit})
         seen.add((first, *(game.step(said)[0] for said in walk.split("/"))))
         assert culprit in game.step("take note")[0]
-        assert game.step(f"accuse {culprit}")[1:3] == (7.0, True)
+        for accused in Detective.hidden_things:
+            verdict = copy.deepcopy(game).step(f"accuse {accused}")
+            assert verdict[1:3] == (7.0 if accused == culprit else 0.0, True)
     assert len(seen) == 1
 
 
 PAID = {  # what buying pays
     "search red lamp/open alba/choose small/buy": 1.0,
-    "search red lamp/open alba/choose large/buy": 0.75,  # there is no large one
     "search red lamp/open bora/choose small/buy": 0.75,  # too dear
     "search rug/open erba/choose large/buy": 0.25,
     "search green bag/open onda/buy": 0.0,
@@ -2124,10 +2169,10 @@ PAID = {  # what buying pays
 }
 
 
-def visit(said):
+def visit(said, wanted=("small", "red", "lamp", 20)):
     """A visit to the shop: (its last reply, the reward, whether it is over)."""
     game = WebShop()
-    game.reset(options={"hidden": ("small", "red", "lamp", 20)})
+    game.reset(options={"hidden": wanted})
     for utterance in said.split("/"):
         observation, reward, over, _, _ = game.step(utterance)
     return observation.split(":")[-1].strip(), reward, over
@@ -2138,6 +2183,9 @@ def test_web_shop_pays_the_share_of_the_wishes_that_the_bought_article_meets():
         assert visit(said)[1:] == (paid, True)
     for said in ("buy", "search lamp/buy", "open alba/buy", "search rug/open alba/buy"):
         assert visit(said)[1:] == (0.0, False)  # nothing is open
+    large = ("large", "red", "lamp", 40)
+    assert visit("search lamp/open bora/choose large/buy", large)[1] == 1.0
+    assert visit("search lamp/open alba/choose large/buy", large)[1] == 0.75  # has no large one
 
 
 def test_web_shop_finds_by_words_and_sells_only_what_it_has_listed():
@@ -2147,6 +2195,7 @@ def test_web_shop_finds_by_words_and_sells_only_what_it_has_listed():
     for words in ("lamp", "a LAMP that is  red, please", "red lamp", "lamp red"):
         assert found(words) == ["alba", "bora", "cielo"]
     assert found("green bag")[:2] == ["neve", "onda"]
+    assert found("bora lamp")[0] == "bora" and found("erba") == ["erba"]
     assert found("dragon") == found("") == ["nothing"]
     assert visit("search lamp/open dama")[0] == visit("search lamp/open alba bora")[0] == "no"
     assert visit("search green lamp/open dama")[0] == "small"
@@ -2216,6 +2265,9 @@ def test_a_run_writes_what_it_promises(stock):
     assert (iteration, len(buffer)) == (4, 50)
     assert lines_of(stock / "run", "config.json")[0].keys() == dataclasses.asdict(Config()).keys()
     text = (stock / "printed").read_text()
+    assert re.search(r"mean return of the demonstrations: \d\.\d\d\n", text)
+    assert f"mean return of the warm-started actor: {summary['start']:.2f}\n" in text
+    assert "will not learn" not in text
     assert re.search(rf"\n> .* r .* Q .* V .* A .* log p .*\n(.*\n)+end +{summary['end']}\n", text)
 
 
@@ -2228,6 +2280,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(stock, quick):
     assert outcome("same") == outcome(stock / "run")
     assert start("other", "--seed", "1")[0] != outcome(stock / "run")[0]
     assert archer.given_episodes(Config(seed=1)) != archer.given_episodes(Config())
+    assert len(archer.given_episodes(Config(demonstrations=7))) == 7
 
 
 def test_numpy_values_make_the_same_run(quick, monkeypatch):
@@ -2282,15 +2335,16 @@ def test_another_module_may_be_called_envs_and_names_any_script(quick):
     assert b"\noptimum " in shown.stdout and Path("猫/summary.json").exists()
 
 
-def test_every_run_has_a_folder_and_the_number_of_threads_is_put_back(quick, monkeypatch):
-    calls = spied(monkeypatch, torch, "set_num_threads")
+def test_every_run_has_a_folder_and_the_number_of_threads_is_put_back(stock, quick, monkeypatch):
+    """One thread while tiny models run; with a named one, as many as before."""
     torch.set_num_threads(2)
-    for _ in range(2):
-        archer.main([*QUICK.split(), "--iterations", "1"])
+    calls = spied(monkeypatch, torch, "set_num_threads")
+    for named in ([], [], ["--actor", f"{stock}/gpt2"]):
+        archer.main([*QUICK.split(), "--iterations", "1", *named])
+    assert [n for (n,), *_ in calls] == [1, 2, 1, 2, 2]
     torch.set_num_threads(1)
-    assert [n for (n,), *_ in calls] == [2, 1, 2, 1, 2, 1]  # one while a tiny model runs
     folders = sorted(Path("runs").iterdir())
-    assert len(folders) == 2 and all((x / "summary.json").exists() for x in folders)
+    assert len(folders) == 3 and all((x / "summary.json").exists() for x in folders)
 
 
 def test_metrics_by_hand(models, monkeypatch):
@@ -2314,9 +2368,10 @@ def test_metrics_by_hand(models, monkeypatch):
     expected |= {"entropy": total / 3, "token_entropy": total / 5, "tokens": 5 / 3}
     assert found == pytest.approx(expected | {"distinct": 2 / 3, "cut": 1 / 3}, rel=1e-5)
     calls = spied(monkeypatch, actor, "log_probs")
-    learner.c = Config(micro_batch=2)
-    archer.metrics(learner, q_and_v_losses, actor_updates)
-    assert len(calls[0][0][0]) == 2
+    for c in (Config(micro_batch=2), Config(batch=2)):  # of the three turns, two are scored
+        learner.c = c
+        archer.metrics(learner, q_and_v_losses, actor_updates)
+        assert len(calls[-1][0][0]) == 2
     q, v = (x.min() for x in critic(["go\n"], ["a"]))
     log_p = sum(plain_log_probs(actor, "go\n", said[0]))
     numbers = f"r  1.0   Q {q:6.2f}   V {v:6.2f}   A {q - v:6.2f}   log p {log_p:6.2f}"
@@ -2342,6 +2397,9 @@ def test_settings_reach_their_losses_and_no_others(options, quick, monkeypatch):
     assert metrics[-1]["actor_loss"] == pytest.approx(steps[-1][-1].item())
     counts = [f"{name} {len(its)}" for name, its in calls.items() if its]
     assert " ".join(counts) == LOSSES_OF[options]
+    networks = {"actor", "critic", "target"} | ({"baseline"} if "baseline" in options else set())
+    saved = {name for name in learner_in("run") if isinstance(learner_in("run")[name], dict)}
+    assert saved == networks | {f"{name}_optimizer" for name in networks - {"target"}}
     # Every float that reached a loss is one of the options.
     numbers = {y for its in calls.values() for x, _, _ in its for y in x if isinstance(y, float)}
     assert numbers == {0.8, *map(float, re.findall(r"\d\.\d", options))}
@@ -2377,9 +2435,6 @@ def test_help_shows_every_setting_and_every_setting_is_read(capsys):
     with pytest.raises(SystemExit):
         archer.main(["--help", "--env", "web_shop"])
     shown = " ".join(capsys.readouterr().out.split())
-    c = Config()  # README states these
-    assert (c.iterations, c.episodes, c.warmup_iterations) == (40, 32, 10)
-    assert (c.critic_steps, c.actor_steps, c.gamma) == (50, 4, 0.97)
     c = Config(**GAMES["web_shop"].settings)
     source = re.sub('""".*?"""', "", Path(archer.__file__).read_text(), flags=re.S)
     for field in dataclasses.fields(Config):
@@ -2401,8 +2456,8 @@ def test_a_games_settings_the_preset_and_options_overrule_each_other(name, value
         archer.main(["--env", name, *options.split()])
     usual, c, overruled, pretrained = given
     assert usual == dataclasses.replace(Config(env=name), **game.settings)
-    for row in lines_of(HERE / "assets", "results.jsonl"):
-        assert row["game"] != name or row["episodes"] == usual.iterations * usual.episodes
+    rows = [x for x in lines_of(HERE / "assets", "results.jsonl") if x["game"] == name]
+    assert {row["episodes"] for row in rows} == {usual.iterations * usual.episodes}
     assert c == dataclasses.replace(usual, **game.paper)
     assert overruled == dataclasses.replace(c, critic_steps=7)
     assert pretrained == dataclasses.replace(usual, **game.pretrained)
@@ -2449,15 +2504,29 @@ def test_a_stopped_run_goes_on_bit_for_bit(losses, quick, monkeypatch):
     assert go_on("run") == expected
 
 
+def test_an_offline_run_goes_on_without_its_file(quick):
+    turns = Detective.demonstrations(60)
+    Path("episodes").write_text("".join(json.dumps(episode) + "\n" for episode in turns))
+    options = ["--offline", "episodes", "--critic-loss", "iql", "--actor-loss", "awr"]
+    expected = start("whole", *options)
+    with stopped_in_call("metrics", 4):
+        start("run", *options)
+    Path("episodes").unlink()
+    assert go_on("run") == expected
+
+
 def test_a_run_stopped_before_its_first_checkpoint_is_begun_again(stock, quick):
     with stopped_in_call("descend", 3):
         start("run")
     assert os.listdir("run") == []
     Path("run/checkpoint.pt.part").touch()  # as a kill may leave it
-    assert start("run") == go_on("run", "--iterations", "3") == outcome(stock / "run")  # 4 done
+    expected = outcome(stock / "run")
+    assert start("run") == expected
+    assert go_on("run", "--iterations", "3") == expected  # four are done
     start("short", "--iterations", "2")
-    more = ("--iterations", "4", "--micro-batch", "8")  # the whole batch
-    assert go_on("short", *more) == go_on("short") == outcome(stock / "run")
+    assert go_on("short", "--iterations", "4", "--micro-batch", "8") == expected  # the whole batch
+    assert go_on("short") == expected
+    assert lines_of("short", "config.json")[0]["micro_batch"] == 8
 
 
 @pytest.mark.parametrize("every, due", [(9, [0, 4]), (1, [0, 1, 2, 3, 4]), (3, [0, 3, 4])])
@@ -2587,13 +2656,15 @@ def test_running_out_of_memory_gets_one_line(quick, capsys, monkeypatch):
 # ==================================================================================================
 
 
-FILES = {
-    "no_episodes": "",
+BAD_LINES = {  # files whose first line is wrong
     "prose": "Once upon a time\n",
     "numbers": "7",
     "short_rows": '[["go", "go", 0.0, "go"]]',
     "word_reward": '[["go", "go", "much", "go", true]]',
     "nan_reward": '[["go", "go", NaN, "go", true]]',
+}
+FILES = BAD_LINES | {
+    "no_episodes": "",
     "false_done": '[]\n\n[["go", "go", 0.0, "go", "False"]]',
     "null_state": '[]\n[["go", "go", 0.0, null, true]]',
     "two_lines": '[["go", "go\\ngo", 0.0, "go", true], ["go", "go", 0.0, "go", true]]',
@@ -2663,14 +2734,7 @@ def contents(folder):
     return {path: path.is_file() and hash(path.read_bytes()) for path in folder.rglob("*")}
 
 
-BAD_GAMES = {
-    "good": a_game(),
-    "huge": a_game("go " * 3000),
-    "wide": a_game("take note " * 80),  # as bytes, too many for a critic
-    "best_unknown": a_game(optimal_return=1.0),
-    "typo": a_game(settings={"iteration": 3}),
-    "bad_teacher": a_game(demonstrations=lambda n, *, seed: [[("go\n", None, 0.0, "go\n", True)]]),
-    # The others cannot be played.
+UNPLAYABLE = {
     "no_tuple": a_game(reset=lambda self, seed: "go\n"),
     "no_seed": a_game(reset=lambda self: ("go\n", {})),
     "no_step": a_game(step=None),
@@ -2679,10 +2743,18 @@ BAD_GAMES = {
     "pays_nothing": a_game(pays=lambda: None),
     "made": a_game()(),
     "endless": a_game(step=lambda self, utterance: ("go\n", 0.0, False, False, {})),
-    "knows_one_word": a_game(step=lambda self, a: ("go\n", 0.0, {"look": False}[a], False, {})),
-    "forgets_text": a_game(step=lambda self, a: ((7, "go\n")[a == "look"], 0.0, False, False, {})),
+    "only_words": a_game(step=lambda self, a: ("go\n", 0.0, a[0] == "?", False, {})),
+    "no_marks": a_game(step=lambda self, a: ("go\n", 0.0, {"look": 0, "": 0}[a], False, {})),
     "in_bytes": a_game(b"go\n"),
     "in_numbers": a_game(7),
+}
+BAD_GAMES = UNPLAYABLE | {
+    "good": a_game(),
+    "huge": a_game("go " * 3000),
+    "wide": a_game("take note " * 80),  # as bytes, too many for a critic
+    "best_unknown": a_game(optimal_return=1.0),
+    "typo": a_game(settings={"iteration": 3}),
+    "bad_teacher": a_game(demonstrations=lambda n, *, seed: [[("go\n", None, 0.0, "go\n", True)]]),
 }
 MISTAKES = {  # alternative options: what the line must say of each, {} being its last word
     "--env chess | --env chess --preset paper": "--env: choose from ['twenty_questions', ",
@@ -2710,7 +2782,8 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--demonstrations 0 | --env good | --actor gpt2 --env good --episodes 0": "nothing to begin",
     "--offline no_episodes": "no_episodes has no turns",
     "--env endless": "{} is not as README describes a game: after 1,000 turns it",
-    "--env knows_one_word": "{} is not as README describes a game: KeyError in test_archer.py, l",
+    "--env only_words": "{} is not as README describes a game: IndexError in test_archer.py, line",
+    "--env no_marks": "{} is not as README describes a game: KeyError in test_archer.py, line",
     "--env in_numbers": "{} is not as README describes a game: the observation is not a text",
     "--env bad_teacher": "the demonstrations of {}: the utterance is not a text but None",
     # files
@@ -2731,9 +2804,8 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--resume elsewhere": "--env: choose from ['twenty_questions', ",
     "--resume edited": "cannot load the checkpoint in {} (is it of another run?)",
 }
-# The files whose first line is wrong, and the games that cannot be played.
-MISTAKES |= {f"--offline {x}": "{}: line 1 should be a list of turns" for x in list(FILES)[1:6]}
-MISTAKES |= {f"--actor gpt2 --env {x}": "{} is not as README desc" for x in list(BAD_GAMES)[6:]}
+MISTAKES |= {f"--offline {x}": "{}: line 1 should be a list of turns" for x in BAD_LINES}
+MISTAKES |= {f"--actor gpt2 --env {x}": "{} is not as README desc" for x in UNPLAYABLE}
 POSITIVE = {"batch", "capacity", "checkpoint_every", "critic_steps", "ppo_epochs"}
 POSITIVE |= {"evaluation_episodes", "utterance_tokens"}
 
@@ -2768,9 +2840,18 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 SMALL = dict(re.findall(r"--(\S+) (\S+)", QUICK.replace("--utterance-tokens 5", "")))
 
 
-def test_python_in_readme_runs(quick, monkeypatch):
+def test_readme_states_the_default_settings():
+    c = Config()
+    each = f"Each of {c.iterations} iterations plays {c.episodes} episodes and takes "
+    each += f"{c.critic_steps} critic and {c.actor_steps} actor steps; the first ten, the warm-up,"
+    assert each in " ".join(README.split()) and c.warmup_iterations == 10
+
+
+def test_python_in_readme_and_in_archers_docstring_runs(quick, monkeypatch):
     """As it stands, one block after the other; only the defaults are smaller."""
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    (example,) = re.findall(r"(?:^    .*\n)+", inspect.getdoc(ArCHer), re.M)
+    blocks.append("from archer import *\n" + textwrap.dedent(example))
     fields = dataclasses.fields(Config)
     monkeypatch.setattr(sys, "argv", ["dial.py", "--env", "dial"])
     for field in fields:
@@ -2781,16 +2862,19 @@ def test_python_in_readme_runs(quick, monkeypatch):
     with mock.patch.dict(GAMES):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
-    assert blocks
+    assert len(blocks) > 1
 
 
-def test_every_command_in_readme_is_accepted(monkeypatch):
+def test_every_command_in_readme_and_archer_is_accepted(monkeypatch):
     given = spied(monkeypatch, archer, "run", lambda *x: x)
     monkeypatch.setattr(torch, "load", lambda *x, **named: {"config": {}, "vocabulary": ""})
     monkeypatch.setattr(Path, "exists", lambda path: True)
     commands = []
     for block in re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S):
         commands += re.findall(r"python archer\.py([^;&|#\n]*)", block.replace("\\\n", " "))
+    # Behind two spaces its purpose begins.
+    commands += re.findall(r"python archer\.py((?: \S+)*)", archer.__doc__)
+    commands.remove(" --help")
     for command in commands:
         archer.main(command.split())
     assert len(given) == len(commands) > 3
