@@ -854,18 +854,22 @@ def sizes_tried():
     ]
 
 
+def unchanged(part, runs):
+    """ArCHer's runs with nothing left out or changed. part: "ablations" or "changes"."""
+    games = {"ablations": ["detective"], "changes": CHANGES}[part]
+    usual = {game: best_of(runs, "tried", game, "ArCHer", STUDY_TRIED) for game in games}
+    return [("games", game, "ArCHer", seed, x) for seed in range(5) for game, x in usual.items()]
+
+
 def rest_shown(names, runs):
     """Ablations, changes, offline learning, sizes of the actor: those of them that are named."""
     shown = []
     if "ablations" in names:
-        usual = best_of(runs, "tried", "detective", "ArCHer", STUDY_TRIED)
-        for seed in range(5):
-            shown.append(("games", "detective", "ArCHer", seed, usual))
+        for *_, seed, usual in unchanged("ablations", runs):
             for name, settings in ABLATIONS.items():
                 shown.append(("ablations", "detective", name, seed, usual | settings))
     if "changes" in names:
-        for seed, game in itertools.product(range(5), CHANGES):
-            usual = best_of(runs, "tried", game, "ArCHer", STUDY_TRIED)
+        for _, game, _, seed, usual in unchanged("changes", runs):
             for name, settings in CHANGES[game].items():
                 shown.append(("changes", game, name, seed, usual | settings))
     if "offline" in names:
@@ -927,7 +931,6 @@ def study(names, draw=False, file=HERE / "study.csv"):
     """
     names = names or PARTS_OF_STUDY
     header = "part,game,name,seed,settings,episodes,utterances,seconds,return"
-    wanted = {}
 
     def key_of(run):
         *rest, settings = run
@@ -936,7 +939,6 @@ def study(names, draw=False, file=HERE / "study.csv"):
     def play(runs):
         if runs and not draw:
             complete(file, header, runs, key_of, study_run, 6)
-        wanted.update({key_of(run): run[:3] for run in runs})
 
     for game in names:
         if game in FIVE:
@@ -944,21 +946,22 @@ def study(names, draw=False, file=HERE / "study.csv"):
             play(methods_shown(game, read_study(file)))
     if "sizes" in names:
         play(sizes_tried())
-    play(rest_shown(names, read_study(file)))
+    rest = rest_shown(names, read_study(file))
+    play(rest)
+    named = []  # ((part, game, name), run)
+    for part, name in (("changes", "none"), ("ablations", "ArCHer")):
+        if part in names:
+            runs = unchanged(part, read_study(file))
+            play(runs)
+            named += [((part, run[1], name), run) for run in runs]
 
     played = read_study(file)
-    if "changes" in names:
-        for seed, game in itertools.product(range(5), CHANGES):
-            usual = best_of(played, "tried", game, "ArCHer", STUDY_TRIED)
-            wanted[key_of(("games", game, "ArCHer", seed, usual))] = ("changes", game, "none")
-    for game in FIVE:
-        wanted.update({key_of(run): run[:3] for run in methods_shown(game, played)})
+    named += [(run[:3], run) for run in rest]
+    named += [(run[:3], run) for game in FIVE for run in methods_shown(game, played)]
     shown = collections.defaultdict(list)
-    for key, name in wanted.items():
-        if key in played:
-            shown[name].append(played[key])
-    if "ablations" in names and ("games", "detective", "ArCHer") in shown:
-        shown["ablations", "detective", "ArCHer"] = shown["games", "detective", "ArCHer"]
+    for name, run in named:
+        if key_of(run) in played:
+            shown[name].append(played[key_of(run)])
     print(tried_in_study(played) + "\n\n" + methods_table(shown, "games"))
     plot_methods(shown)
     if "changes" in names:
@@ -966,7 +969,7 @@ def study(names, draw=False, file=HERE / "study.csv"):
     for part, plot in PARTS.items():
         if part in names:
             print("\n" + end_table(shown, part))
-            if all(key in played for key in wanted if key[0] == part):
+            if all(key_of(run) in played for run in rest if run[0] == part):
                 plot(shown)
 
 
@@ -1038,11 +1041,11 @@ def tried_in_study(runs):
     return markdown([*header, "gap closed, last fifth", "seconds"], sorted(rows))
 
 
-def methods_table(shown, wanted):
-    """A row a game and method. wanted: the part of the study."""
+def methods_table(shown, part):
+    """A row a game and method. part: of the study."""
     rows = []
-    for (part, game, name), runs in shown.items():
-        if part == wanted:
+    for (its_part, game, name), runs in shown.items():
+        if its_part == part:
             row = [f"`{game}`", name, len(runs), spread([end_of(run) for run in runs], 2)]
             row.append(spread([min(x[3] for x in run) for run in runs], 2))
             arrived = sum(math.isfinite(first(run, 0.8)) for run in runs)
@@ -1072,10 +1075,10 @@ def mean_of_half(rows):
     return statistics.mean(row[3] for row in rows[len(rows) // 2 :])
 
 
-def end_table(shown, wanted):
+def end_table(shown, part):
     rows = []
-    for (part, game, name), runs in shown.items():
-        if part == wanted:
+    for (its_part, game, name), runs in shown.items():
+        if its_part == part:
             end = spread([run[-1][3] for run in runs], 2)
             mean = spread([mean_of_half(run) for run in runs], 2)
             seconds = spread([run[-1][2] for run in runs])
@@ -2067,8 +2070,9 @@ def length_table(shown, games, best):
         wins.append(f"{warm_start_wins(shown, knobs):.1%}")
         ppo, ours = (statistics.median(arrivals(shown, knobs, m)) for m in ("PPO", "ArCHer"))
         more = "" if math.isfinite(ppo) else "more than "
-        if more:
-            ppo = min(rows[-1][0] for rows in shown[knobs, "PPO"].values())
+        if more:  # no more episodes than a run that has not arrived has played
+            runs = shown[knobs, "PPO"].values()
+            ppo = min(rows[-1][0] for rows in runs if math.isinf(first(rows, 8)))
         ratio = f"{more}{ppo / ours:.1f}"
         ratios.append(ratio if math.isfinite(ours) else "–")
         for column, row in spent.items():
