@@ -963,6 +963,12 @@ def study(names, draw=False, file=HERE / "study.csv"):
         if key_of(run) in played:
             shown[name].append(played[key_of(run)])
     print(tried_in_study(played) + "\n\n" + methods_table(shown, "games"))
+    keys = {key_of(run) for _, run in named}
+    for key in played:
+        part, game, name, _, settings = key
+        if part == "games" and key not in keys:
+            shown["other settings", game, f"{name}, {settings}"].append(played[key])
+    print("\n" + methods_table(shown, "other settings"))
     plot_methods(shown)
     if "changes" in names:
         print("\n" + methods_table(shown, "changes"))
