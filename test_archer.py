@@ -1621,7 +1621,7 @@ REFUSED = {"rwkv": NO_CACHE, "mamba": MIXES, "fnet": MIXES, "convbert": MIXES}  
 if transformers.__version__.startswith("4."):
     REFUSED |= dict.fromkeys(("mamba", "jamba", "bamba"), NO_CACHE)
     REFUSED |= dict.fromkeys(("falcon_h1", "granitemoehybrid"), NO_CACHE)
-    REFUSED |= {"bloom": "logits_to_keep", "fnet": "attention_mask", "lfm2": "out of range"}
+    REFUSED |= {"bloom": "FutureWarning", "fnet": "attention_mask", "lfm2": "out of range"}
 
 
 ACTORS = [("actor", name) for name in [*CAUSAL, "rwkv", "mamba"]]
