@@ -2338,13 +2338,22 @@ class Judged:
         fresh, _ = actor.act([game.observe() for game in copies])
         v = torch.tensor(returns(actor, copies, c.gamma, fresh))
         self.q, self.v = q.view(n, -1).mean(1), v.view(n, -1).mean(1)
+        self.halves_of_a = (q - v).view(n, 2, -1).mean(2)  # each from half of the continuations
 
     @torch.no_grad()
     def correlations(self, critic):
-        """Of the critic's Q, V (means of its heads) and A with the true ones, over all states."""
+        """Of the critic's Q and V (means of its heads) and its A with the true ones."""
         q, v = critic(self.s, self.a)
         pairs = (q.mean(0), self.q), (v.mean(0), self.v), (archer.advantage(q, v), self.q - self.v)
         return [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in pairs]
+
+    def perfect(self):
+        """The correlation that the exact A would have with the true one, which has noise.
+
+        It is the root of the reliability of the true one, by the Spearman-Brown formula.
+        """
+        r = max(0.0, torch.corrcoef(self.halves_of_a.T)[0, 1].item())
+        return math.sqrt(2 * r / (1 + r))
 
 
 def returns(actor, games, gamma, utterances):
@@ -2376,7 +2385,7 @@ def ranking_run(run):
     lines = []
 
     def judge(learner, judged, critic, when):
-        numbers = judged.correlations(learner.critic)
+        numbers = (*judged.correlations(learner.critic), judged.perfect())
         lines.append((game, seed, critic, when, *(f"{x:.3f}" for x in numbers)))
 
     def iterate(learner, n, settings):
@@ -2410,15 +2419,15 @@ def ranking_run(run):
 
 def ranking(file=HERE / "ranking.csv"):
     """Measures what is missing, and prints a table: in a cell, median and range of three seeds."""
-    header = "game,seed,critic,when,q,v,advantage"
+    header = "game,seed,critic,when,q,v,advantage,perfect"
     runs = [(game, seed) for seed in range(3) for game in RANKED]
     complete(file, header, runs, lambda run: run, ranking_run, 10)
     numbers = collections.defaultdict(list)
     for row in read_rows(file):
         key = (f"`{row['game']}`", row["critic"], row["when"])
-        numbers[key].append([float(row[x]) for x in ("q", "v", "advantage")])
+        numbers[key].append([float(row[x]) for x in ("q", "v", "advantage", "perfect")])
     rows = [[*key, *(spread(x, 2) for x in zip(*n, strict=True))] for key, n in numbers.items()]
-    print(markdown(["game", "critic", "when", "Q", "V", "A"], rows))
+    print(markdown(["game", "critic", "when", "Q", "V", "A", "exact A"], rows))
 
 
 # ==================================================================================================
