@@ -2133,7 +2133,7 @@ def plot_length(shown):
                         arrow = {"arrowstyle": "->", "color": color, "linewidth": 2}
                         upper.annotate("", (x[-1], 2 * y[-1]), (x[-1], y[-1]), arrowprops=arrow)
                     if arrived < len(episodes):
-                        below = {"ha": "center", "va": "top", "fontsize": 8}
+                        below = {"ha": "right" if k < 4 else "left", "va": "top", "fontsize": 8}
                         below["bbox"] = {"color": "white", "pad": 0.5}
                         upper.text(x[-1], 0.8 * y[-1], arrived, color=color, **below)
             name = method if method in LOOKS else f"ArCHer, {method}"
