@@ -2895,12 +2895,14 @@ def test_every_command_in_readme_and_archer_is_accepted(monkeypatch):
     assert len(given) == len(commands) > 3
 
 
-def test_a_short_run_learns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("actor_loss", ["reinforce", "baseline"])
+def test_a_short_run_learns(actor_loss, tmp_path, monkeypatch):
     """The detective's second half, with the key and before the cellar: far above the warm start."""
     monkeypatch.setattr(Detective, "start", ("pantry", True, ""))
     monkeypatch.setattr(Detective, "limit", 8)
     options = "--demonstrations 300 --warm-start-steps 250 --iterations 12 --warmup-iterations 4 "
     options += "--episodes 32 --batch 64 --critic-steps 60 --actor-steps 8 "
-    archer.main(f"{options} --evaluation-episodes 60 --out {tmp_path}".split())
+    options += f"--evaluation-episodes 60 --actor-loss {actor_loss} --out {tmp_path}"
+    archer.main(options.split())
     (summary,) = lines_of(tmp_path, "summary.json")
     assert summary["end"] > summary["start"] + 4
