@@ -358,9 +358,8 @@ def test_exact_policy_is_what_the_actor_says_and_scores():
 
 
 torch.manual_seed(0)
-HEAD_PLACES = list(
-    itertools.product(range(2), range(7))
-)  # places in values of two heads for 7 rows
+# Places in the values of two heads for 7 rows.
+HEAD_PLACES = list(itertools.product(range(2), range(7)))
 Q, NEXT_V, V, FRESH_Q = noise(4, 2, 7)
 R, A = noise(2, 7)
 DONE = torch.tensor([0, 1, 0, 0, 1, 0, 0]).double()
@@ -2406,6 +2405,7 @@ def test_settings_reach_their_losses_and_no_others(options, quick, monkeypatch):
     assert metrics[-1]["actor_loss"] == pytest.approx(steps[-1][-1].item())
     counts = [f"{name} {len(its)}" for name, its in calls.items() if its]
     assert " ".join(counts) == LOSS_CALLS[options]
+    # A checkpoint has the networks that go on, and no other.
     networks = {"actor", "critic", "target"} | ({"baseline"} if "baseline" in options else set())
     saved = {name for name in learner_in("run") if isinstance(learner_in("run")[name], dict)}
     assert saved == networks | {f"{name}_optimizer" for name in networks - {"target"}}
@@ -2520,8 +2520,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(losses, quick, monkeypatch):
 
 
 def test_an_offline_run_goes_on_without_its_file(quick):
-    turns = Detective.demonstrations(60)
-    Path("episodes").write_text("".join(json.dumps(episode) + "\n" for episode in turns))
+    episodes = Detective.demonstrations(60)
+    Path("episodes").write_text("".join(json.dumps(episode) + "\n" for episode in episodes))
     options = ["--offline", "episodes", "--critic-loss", "iql", "--actor-loss", "awr"]
     expected = start("whole", *options)
     with stopped_in_call("metrics", 4):
