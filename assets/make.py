@@ -675,7 +675,7 @@ STUDY_TRIED = {
 SMALL_STEPS = {"actor_lr": 1e-4, "actor_steps": 8}
 STEADY = {"capacity": 4000} | SMALL_STEPS
 STEADIER = ({"capacity": 4000}, SMALL_STEPS, STEADY)
-# On the two games that ask for the most utterances a method has three more, around its best.
+# On the two games that ask for the most utterances every method has three more, around its best.
 MORE_TRIED = {
     "web_shop": {
         "ArCHer": [{"episodes": 16} | x for x in STEADIER],
@@ -835,8 +835,8 @@ def tried_on(game):
 
 def methods_tried(game):
     """(part, game, name, seed, settings) a run."""
-    tried = [(m, x) for m, settings in tried_on(game).items() for x in settings]
-    return [("tried", game, m, NOT_SHOWN, settings) for m, settings in tried]
+    tried = tried_on(game)
+    return [("tried", game, m, NOT_SHOWN, settings) for m in tried for settings in tried[m]]
 
 
 def methods_shown(game, runs):
@@ -1677,9 +1677,8 @@ def plot_adventure(runs):
         "usual": "400 demonstrations, up to 360 points",
         "weak": "400 weak demonstrations, up to 150 points",
     }
-    for kind in list(kinds):
-        if any(len(x) < 5 for key, x in shown.items() if key[0] == kind):
-            del kinds[kind]
+    missing = {kind for (kind, *_), five in shown.items() if len(five) < 5}
+    kinds = {kind: text for kind, text in kinds.items() if kind not in missing}
     if not kinds:
         return
     figure = Figure(figsize=(4 + 5 * len(kinds), 4), layout="constrained")
@@ -2076,7 +2075,7 @@ def length_table(shown, games, best):
         wins.append(f"{warm_start_wins(shown, knobs):.1%}")
         ppo, ours = (statistics.median(arrivals(shown, knobs, m)) for m in ("PPO", "ArCHer"))
         more = "" if math.isfinite(ppo) else "more than "
-        if more:  # no more episodes than a run that has not arrived has played
+        if more:  # than the runs that have not arrived have played
             runs = shown[knobs, "PPO"].values()
             ppo = min(rows[-1][0] for rows in runs if math.isinf(first(rows, 8)))
         ratio = f"{more}{ppo / ours:.1f}"
