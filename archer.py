@@ -72,15 +72,15 @@ class Config:
     out: str = setting("", "folder to write into; empty: a new one under runs/")
     checkpoint_every: int = setting(10, "iterations; many: a stop loses more work, few: slow")
 
-    demonstrations: int = setting(2000, "to imitate, and to fill the buffer; 0: needs an --actor")
+    demonstrations: int = setting(2000, "to imitate; the last fill the buffer; 0: needs an --actor")
     warm_start_steps: int = setting(1200, "few: ArCHer starts from babble, many: slow")
-    warm_start_lr: float = setting(1e-3, "decays to 0; large: details are lost; pretrained: 2e-4")
+    warm_start_lr: float = setting(1e-3, "decays to 0; large: coarse imitation; pretrained: 2e-4")
 
     iterations: int = setting(40, "of play and learning; few: still rising, many: time wasted")
-    warmup_iterations: int = setting(10, "first ones, no actor steps; 0: the critic is untrained")
+    warmup_iterations: int = setting(10, "at first, no actor steps; 0: the critic is untrained")
     episodes: int = setting(32, "played per iteration; few: the buffer is mostly old, many: slow")
     utterance_tokens: int = setting(8, "per utterance at most; small: cut sentences, large: slow")
-    state_tokens: int = setting(1024, "of a state, the last ones; small: the past is forgotten")
+    state_tokens: int = setting(1024, "of a state, the last ones, or fewer if a model reads less")
     capacity: int = setting(10_000, "transitions kept; small: nearly on-policy, large: old data")
 
     critic_steps: int = setting(50, "per iteration; few: the actor outruns the critic")
@@ -88,7 +88,7 @@ class Config:
     gamma: float = setting(0.97, "discount per turn; 0: the immediate reward only, 1: no hurry")
     tau: float = setting(0.2, "soft update; 1: no target network, 0: a frozen one")
 
-    actor_steps: int = setting(4, "per iteration; 0: it never learns, many: it outruns the critic")
+    actor_steps: int = setting(4, "per iteration; 0: no learning, many: they outrun the critic")
     actor_lr: float = setting(3e-4, "large: collapse, small: slow; pretrained: 1e-5")
     batch: int = setting(128, "examples per gradient step; small: noisy, large: slow")
     micro_batch: int = setting(0, "examples per backward pass; small: less memory; 0: all")
@@ -102,7 +102,7 @@ class Config:
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
-    offline: str = setting("", "file to learn from; play only evaluates; empty: play")
+    offline: str = setting("", "file to learn from, all of it; play only evaluates; empty: play")
     evaluation_episodes: int = setting(500, "each for start, end and greedy end; few: noisy")
 
 
@@ -168,7 +168,7 @@ class Actor(nn.Module):
     """
 
     autocast = False  # True: bfloat16 in the model; softmax and losses in float32; set by `build`
-    vocabulary = None  # of the tiny models' tokenizer, for checkpoints; set by `build`
+    vocabulary = None  # of the tiny models; `build` sets it, checkpoints keep it for --resume
 
     def __init__(self, model, tokenizer, utterance_tokens=8, generation_batch=512):
         """model: in float32; many are saved in bfloat16, in which small steps are rounded away.
@@ -183,7 +183,7 @@ class Actor(nn.Module):
         self.utterance_tokens = utterance_tokens
         self.generation_batch = generation_batch
         self.ends = nn.Buffer(torch.tensor(end_tokens(model, tokenizer)), persistent=False)
-        # The argument for a cache, which transformers 5.24 renamed.
+        # transformers 5.24 renamed the argument `past_key_values` to `cache`.
         new = "cache" in inspect.signature(model.forward).parameters
         self.cache_name = "cache" if new else "past_key_values"
 
@@ -230,13 +230,14 @@ class Actor(nn.Module):
             p = logits[:, -1].softmax(1)
             token = p.argmax(1) if greedy else torch.multinomial(p, 1).squeeze(1)
             tokens[active, i] = token
-            unended = torch.isin(token, self.ends, invert=True).nonzero().squeeze(1)  # in `active`
-            if len(unended) == 0 or i + 1 == self.utterance_tokens:
+            # The rows that go on; these are positions in `active`, not numbers of states.
+            rows = torch.isin(token, self.ends, invert=True).nonzero().squeeze(1)
+            if len(rows) == 0 or i + 1 == self.utterance_tokens:
                 break
-            active = active[unended]
-            cache.reorder_cache(unended)  # drops the others
-            mask = nn.functional.pad(mask[unended], (0, 1), value=1)
-            logits, cache = self(token[unended, None], mask, keep=1, cache=cache)
+            active = active[rows]
+            cache.reorder_cache(rows)  # drops the others
+            mask = nn.functional.pad(mask[rows], (0, 1), value=1)
+            logits, cache = self(token[rows, None], mask, keep=1, cache=cache)
         return [[x for x in row if x >= 0] for row in tokens.tolist()]
 
     def join(self, states, token_ids):
@@ -354,8 +355,8 @@ def v_loss(v, fresh_q):
 def advantage(q, v):
     """min(Q1, Q2) - min(V1, V2) of the online critic, [2, B] each -> [B].
 
-    The lower Q and the lower V are taken, since either may be overestimated. So A need not have
-    mean 0 under the policy.
+    Each minimum guards against overestimates. A need not have mean 0 under the policy: the mean of
+    min(Q1, Q2) is at most the lower of the two means. So even with exact V it tends to be below 0.
     """
     return q.min(0).values - v.min(0).values
 
@@ -382,13 +383,14 @@ def descend(loss_of, examples, optimizer, c):
     optimizer.zero_grad()
     total = 0.0
     for chunk in split(examples, c.micro_batch or len(examples)):
-        loss = loss_of(*zip(*chunk, strict=True)) * len(chunk) / len(examples)
+        columns = zip(*chunk, strict=True)  # [(x1, y1), (x2, y2)] -> (x1, x2), (y1, y2)
+        loss = loss_of(*columns) * len(chunk) / len(examples)  # by its share of the examples
         loss.sum().backward()
         total += loss.detach()
     # The norm is of this optimizer's network alone: actor and critic are clipped separately.
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], c.clip)
     if not norm.isfinite():
-        raise FloatingPointError("a gradient is not finite: start anew with lower rates or rewards")
+        raise FloatingPointError("gradient not finite: retry with lower rates or smaller rewards")
     optimizer.step()
     return total
 
@@ -402,13 +404,14 @@ def rollout(game, actor, episodes, rng, greedy=False):
     critic could not learn from (see `checked_turn`).
     """
     played = [[] for _ in range(episodes)]
-    with opened(game, episodes) as games:
+    with new_games(game, episodes) as games:
         begun = [g.reset(seed=rng.randrange(2**31)) for g in games]
         states = {i: as_text(s, "observation") for i, (s, _) in enumerate(begun)}
         while states:  # some games still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
                 s2, r, terminated, truncated, _ = games[i].step(a)
+                # The same turn in Python's own types.
                 s, a, r, s2, done = checked_turn((states[i], a, r, s2, terminated))
                 played[i].append(Transition(s, a, ids, r, s2, done))
                 states[i] = s2
@@ -482,7 +485,7 @@ class ArCHer:
         """
         s, a, _, r, s2, done = zip(*transitions, strict=True)
         q, v = self.critic(s, a)
-        # The target network is frozen: what follows has no gradients.
+        # The target network is frozen, so next_v and fresh_q have no gradients.
         e_s, e_fresh, e_s2 = self.target.embed([*s, *utterances, *s2]).chunk(3)
         next_v = self.target.v(e_s2)
         fresh_q = self.target.q(e_s, e_fresh)
@@ -587,7 +590,7 @@ class TokenBaseline(nn.Module):
         ids, mask, spoken = self.actor.join(states, token_ids)
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # as in Actor.forward
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        # Only the hidden states matter; one logit is computed, since none cannot be asked for.
+        # Only the hidden states matter. One logit, since 0 would mean all of them.
         inputs |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.actor.autocast):
             out = self.actor.model(**inputs)
@@ -625,16 +628,16 @@ class WithPPO(ArCHer):
     def actor_step(self):
         examples = self.actor_examples()
         # A frozen copy scores the same padded micro-batches: ratios start at exactly 1.
-        self.old_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        for _ in range(self.c.ppo_epochs):
-            loss = descend(self.loss_of_actor, examples, self.actor_optimizer, self.c)
-        del self.old_actor  # `state_of` would save it
-        return examples, loss
+        old_actor = copy.deepcopy(self.actor).requires_grad_(False)
 
-    def loss_of_actor(self, s, token_ids, A):
-        log_p, spoken = self.actor.log_probs(s, token_ids)
-        old_log_p, _ = self.old_actor.log_probs(s, token_ids)
-        return ppo_loss(log_p, old_log_p, spoken, torch.stack(A), self.c.ppo_clip)
+        def loss_of_actor(s, token_ids, A):
+            log_p, spoken = self.actor.log_probs(s, token_ids)
+            old_log_p, _ = old_actor.log_probs(s, token_ids)
+            return ppo_loss(log_p, old_log_p, spoken, torch.stack(A), self.c.ppo_clip)
+
+        for _ in range(self.c.ppo_epochs):
+            loss = descend(loss_of_actor, examples, self.actor_optimizer, self.c)
+        return examples, loss
 
 
 class WithAWR(ArCHer):
@@ -668,7 +671,7 @@ def variant(c):
     base = LEARNERS[c.actor_loss]
 
     class Mixed(WithIQL, base):
-        """The critic of WithIQL, the actor steps of `base`."""
+        """WithIQL's critic, the actor steps of `base`; where both have a method, WithIQL's."""
 
     return Mixed if c.critic_loss == "iql" else base
 
@@ -708,7 +711,7 @@ def explained(what, located=False):
 
 
 @contextlib.contextmanager
-def opened(game, n):
+def new_games(game, n):
     """n new games. On exit, even after an error, those that have a `close` are closed."""
     with contextlib.ExitStack() as stack:
         games = []
@@ -852,7 +855,8 @@ def warm_start(actor, demonstrations, c):
 
     def imitation_loss(s, token_ids):
         log_p, spoken = actor.log_probs(s, token_ids)
-        return actor_loss(log_p, spoken, torch.ones_like(log_p[:, 0]))  # A = 1: maximum likelihood
+        A = torch.ones(len(s), device=log_p.device)  # maximum likelihood
+        return actor_loss(log_p, spoken, A)
 
     for step in tqdm(range(c.warm_start_steps if examples else 0), "warm start"):
         optimizer.param_groups[0]["lr"] = c.warm_start_lr * (1 - step / c.warm_start_steps)
@@ -882,8 +886,8 @@ def metrics(learner, q_and_v_losses, actor_updates):
         value: min V of the first states, on average; near discounted_return where few episodes
             are truncated.
         entropy, token_entropy: the mean of -log p per utterance and per token, in a batch (or
-            micro-batch) of the utterances. The actor scores them after its steps, so this is a
-            cross-entropy, and it jumps when the policy does.
+            micro-batch) of the utterances. The actor scores them after its steps: strictly a
+            cross-entropy, which jumps when the policy does.
         distinct: the share of distinct utterances.
         cut: the share of utterances without an end token.
         tokens: the mean number per utterance.
@@ -899,7 +903,7 @@ def metrics(learner, q_and_v_losses, actor_updates):
     V = learner.critic.v(learner.critic.embed([episode[0].s for episode in learner.played]))
     turns = [t for episode in learner.played for t in episode]
     n = learner.c.micro_batch or learner.c.batch
-    some = random.Random(0).sample(turns, min(n, len(turns)))
+    some = random.Random(0).sample(turns, min(n, len(turns)))  # leaves the run's generators alone
     log_p, spoken = learner.actor.log_probs([t.s for t in some], [t.ids for t in some])
     total = -(log_p * spoken).sum().item()
     ends = set(learner.actor.ends.tolist())
@@ -1010,9 +1014,9 @@ def with_tokens(episodes, actor):
 def prepare(c, vocabulary=None):
     """Checks the settings and makes what they name, before any training.
 
-    vocabulary: of a run that is resumed; its turns are in the checkpoint. Returns the settings as
+    vocabulary: given to resume a run, whose turns are in its checkpoint. Returns the settings as
     they will be used, actor, critic, and the episodes to begin with (demonstrations, or the offline
-    file; none if it is resumed), lists of transitions.
+    file; none to resume), lists of transitions.
     """
     check_settings(c)
     transformers.set_seed(c.seed)  # of torch, and of random and numpy, which a game may use
@@ -1026,11 +1030,15 @@ def prepare(c, vocabulary=None):
     require(can_begin, "nothing to begin with: it needs demonstrations, or an --actor that plays")
     texts = [f"{s}{a}\n{s2}" for e in episodes for s, a, _, s2, _ in e]
     actor, critic = build(c, vocabulary or learn_vocabulary(texts))
-    for tokenizer in (actor.tokenizer, critic.tokenizer):
-        n = len(tokenizer.encode(trial[0].s, verbose=False))  # without a warning if too many
+    longest = max((t[0] for e in episodes for t in e), key=len, default="")
+    for name, tokenizer in (("actor", actor.tokenizer), ("critic", critic.tokenizer)):
+        # Not verbose, since that warns of too many tokens.
+        first, most = (len(tokenizer.encode(s, verbose=False)) for s in (trial[0].s, longest))
         room = tokenizer.model_max_length
-        message = f"the first observation has {n} tokens; --state-tokens and model allow {room}"
-        require(n <= room, message)
+        message = f"the first observation has {first} tokens; --state-tokens and model allow {room}"
+        require(first <= room, message)
+        if most > room:
+            print(f"the {name} reads only the last {room} tokens of a state; some have {most}")
     return c, actor, critic, with_tokens(episodes, actor)
 
 
@@ -1053,7 +1061,8 @@ def state_of(learner):
     state = {name: x.state_dict() for name, x in vars(learner).items() if hasattr(x, "state_dict")}
     return state | {
         "iteration": learner.iteration,
-        "buffer": [tuple(t) for t in learner.buffer.transitions],  # not namedtuples: refused
+        # As plain tuples, since `weights_only` refuses others.
+        "buffer": [tuple(t) for t in learner.buffer.transitions],
         "rng": learner.rng.getstate(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all(),
@@ -1102,8 +1111,9 @@ def run(c, record=None):
     began = time.time()
     c, actor, critic, demonstrations = prepare(c, record["vocabulary"] if record else None)
     game = GAMES[c.env]
-    evaluate = partial(rollout, game, actor, c.evaluation_episodes)  # still lacks its `rng`
-    # Now, so that a mistake in it costs nothing.
+    # evaluate(rng) and evaluate(rng, greedy=True): lists of episodes.
+    evaluate = partial(rollout, game, actor, c.evaluation_episodes)
+    # Before any training, so that a mistake in it costs nothing.
     with explained(f"the optimal_return of {c.env}", located=True):
         optimum = float(game.optimal_return()) if hasattr(game, "optimal_return") else None
     folder = Path(c.out) if record else new_folder(c)

@@ -29,7 +29,7 @@ class TextGame:
     """
 
     hidden_things: tuple  # everything that may be hidden; `reset` draws one uniformly
-    public = False  # True: the hidden thing is a goal, which every observation shows
+    hidden_is_shown = False  # True: the hidden thing is a goal, which every observation shows
     utterances: tuple  # in lower case; all our players choose from them
     start = ()  # the position at the start; positions are hashable and known to the player
     limit: int  # maximum number of turns in an episode
@@ -58,7 +58,7 @@ class TextGame:
         if self.hidden is None:
             self.hidden = random.Random(seed).choice(self.hidden_things)
         # belief: the hidden things consistent with all that was seen, rewards included
-        self.belief = (self.hidden,) if self.public else self.hidden_things
+        self.belief = (self.hidden,) if self.hidden_is_shown else self.hidden_things
         self.position = self.start
         self.turns = 0
         self.history = []  # (utterance, reply) of every turn
@@ -140,7 +140,8 @@ class TextGame:
 
         Exact, by recursion over (position, belief, turns left).
         """
-        beliefs = [(h,) for h in cls.hidden_things] if cls.public else [cls.hidden_things]
+        shown = [(h,) for h in cls.hidden_things]
+        beliefs = shown if cls.hidden_is_shown else [cls.hidden_things]
         return fmean(cls.value(cls.start, belief, cls.limit) for belief in beliefs)
 
     @classmethod
@@ -168,8 +169,8 @@ class TextGame:
     def demonstrations(cls, episodes, seed=0):
         """Suboptimal play. The skill of each episode is drawn uniformly from [0, cls.skill].
 
-        Returns a list of episodes, each a list of turns (s, a, r, s', done). The same seed
-        gives the same list. done is `terminated`: a truncated episode ends with done = False.
+        Returns a list of episodes, each a list of turns (s, a, r, s', terminated). The same seed
+        gives the same list.
         """
         rng = random.Random(seed)
         played = []
@@ -178,11 +179,11 @@ class TextGame:
             skill = rng.uniform(0, cls.skill)
             s, _ = game.reset(seed=rng.randrange(2**31))
             episode = []
-            done = truncated = False
-            while not (done or truncated):
+            terminated = truncated = False
+            while not (terminated or truncated):
                 a = game.demonstrate(rng, skill)
-                s2, r, done, truncated, _ = game.step(a)
-                episode.append((s, a, r, s2, done))
+                s2, r, terminated, truncated, _ = game.step(a)
+                episode.append((s, a, r, s2, terminated))
                 s = s2
             played.append(episode)
         return played
@@ -213,15 +214,24 @@ class TextGame:
     }
     # What `--preset pretrained` changes: a language model of GPT-2's size and an encoder, on a CPU.
     # Tuned on the detective game.
-    pretrained = {"actor": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-    pretrained |= {"critic": "sentence-transformers/all-MiniLM-L6-v2"}
-    # It knows English, so fewer steps at a lower rate teach it the game's phrases. A step takes
-    # seconds, hence small batches.
-    pretrained |= {"warm_start_steps": 200, "warm_start_lr": 2e-4, "batch": 32}
-    pretrained |= {"iterations": 60, "episodes": 16, "warmup_iterations": 8}
-    # Pretrained weights want low rates. With an actor_lr of 2e-5, and less warm start and warm-up,
-    # seed 0 had a return of 1 to 2.
-    pretrained |= {"critic_steps": 40, "critic_lr": 1e-4, "actor_steps": 2, "actor_lr": 1e-5}
+    pretrained = {
+        "actor": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "critic": "sentence-transformers/all-MiniLM-L6-v2",
+        # It knows English, so few steps at a low rate teach it the game's phrases.
+        "warm_start_steps": 200,
+        "warm_start_lr": 2e-4,
+        # A step takes seconds.
+        "batch": 32,
+        "iterations": 60,
+        "warmup_iterations": 8,
+        "episodes": 16,
+        "critic_steps": 40,
+        "actor_steps": 2,
+        # Pretrained weights want low rates. With an actor_lr of 2e-5, and less warm start and
+        # warm-up, seed 0 had a return of 1 to 2.
+        "critic_lr": 1e-4,
+        "actor_lr": 1e-5,
+    }
 
 
 class TwentyQuestions(TextGame):
@@ -491,11 +501,9 @@ class GuessMyCity(TwentyQuestions):
         Valid while at least as many turns as cities are left. This holds at the start (20 and 16),
         and continues to hold if every turn rules out a city.
         The return equals that of `value`, but `plan` is much faster, as it never considers a guess
-        before a question. Nothing is lost by this. Suppose that a plan guesses first, and postpone
-        that guess to the point where its city is the only one left. Then every other city is found
-        one turn sooner. The postponed city is found later, but by no more turns than there are
-        other cities, because each of these turns rules out at least one of them. So n - 1 cities
-        gain one turn each, and one city loses at most n - 1 turns.
+        before a question. Nothing is lost by this. Suppose that a plan guesses first. Postpone that
+        guess until its city is the only one left. Then each of the n - 1 other cities is found one
+        turn sooner, and this city at most n - 1 turns later, since every turn rules out a city.
         """
         n = len(belief)
         plans = [(-(n - 1) / 2, f"is the city called {belief[0]}?")]  # guess one city after another
@@ -608,7 +616,7 @@ class WebShop(TextGame):
     the whole dialogue. This shop is tiny in comparison.
     """
 
-    public = True
+    hidden_is_shown = True
     catalogue = {  # article: (sizes, colour, kind, price)
         "alba": ("small", "red", "lamp", 15),
         "bora": ("small large", "red", "lamp", 35),
