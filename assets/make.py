@@ -162,8 +162,9 @@ def results_table(rows):
         gap = spread([gap_closed(run) for run in runs], 3)
         if hasattr(GAMES[game], "bound"):
             optimum, gap = f"at most {optimum}", f"at least {gap}"
-        lines.append([f"`{game}`", *line, optimum, gap, len(runs)])
-    header = ["game", "start", "end", "optimum", "gap closed: median (range)", "seeds"]
+        (episodes,) = {run["episodes"] for run in runs}
+        lines.append([f"`{game}`", f"{episodes:,}", *line, optimum, gap, len(runs)])
+    header = ["game", "episodes", "start", "end", "optimum", "gap closed: median (range)", "seeds"]
     return markdown(header, lines)
 
 
