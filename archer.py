@@ -35,6 +35,7 @@ import json
 import math
 import random
 import sys
+import sysconfig
 import time
 import traceback
 import typing
@@ -98,7 +99,7 @@ class Config:
     baseline_steps: int = setting(4, "per actor step, at critic_lr; 0: the baseline never learns")
     ppo_epochs: int = setting(3, "steps on the same utterances; 1: the gradient of Eq. 3")
     ppo_clip: float = setting(0.2, "of probability ratios; small: timid steps, huge: no clipping")
-    awr_beta: float = setting(1.0, "0: clones all logged utterances, large: those with A > 0")
+    awr_beta: float = setting(1.0, "try 1 / advantage_std; 0: cloning, large: only where A > 0")
     critic_loss: str = setting("td", "or iql (Eq. 6), on logged utterances; goes with awr")
     expectile: float = setting(0.9, "of iql; 0.5: the mean (SARSA), near 1: the best")
 
@@ -410,9 +411,11 @@ def rollout(game, actor, episodes, rng, greedy=False):
         while states:  # some games still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
             for i, a, ids in zip(list(states), utterances, token_ids, strict=True):
-                s2, r, terminated, truncated, _ = games[i].step(a)
+                with explained(f"the game's step({a!r:.60})", located=True):
+                    s2, r, terminated, truncated, _ = games[i].step(a)
                 # The same turn in Python's own types.
                 s, a, r, s2, done = checked_turn((states[i], a, r, s2, terminated))
+                require(truncated in (True, False), f"truncated is neither: {truncated!r}")
                 played[i].append(Transition(s, a, ids, r, s2, done))
                 states[i] = s2
                 if terminated or truncated:
@@ -704,7 +707,10 @@ def explained(what, located=False):
     except Exception as error:
         what += f": {type(error).__name__}"
         if located:
-            place = traceback.extract_tb(error.__traceback__)[-1]
+            places = traceback.extract_tb(error.__traceback__)
+            library = (*(sysconfig.get_path(x) for x in ("stdlib", "purelib")), "<frozen")
+            own = [p for p in places if not p.filename.startswith(library)]
+            place = (own or places)[-1]
             what += f" in {Path(place.filename).name}, line {place.lineno}"
         why = str(error).strip().split(". ")[0]  # the first sentence; some libraries write pages
         raise UserError(f"{what}: {why}") from error
@@ -1020,6 +1026,8 @@ def prepare(c, vocabulary=None):
     """
     check_settings(c)
     transformers.set_seed(c.seed)  # of torch, and of random and numpy, which a game may use
+    message = f"{c.env} is not a class made without arguments (a subclass can fill them in)"
+    require(isinstance(GAMES[c.env], type), message)
     with explained(f"{c.env} is not as README describes a game", located=True):
         (trial,) = rollout(GAMES[c.env], TrialActor(), 1, random.Random(c.seed))
     episodes = [] if vocabulary else given_episodes(c)
@@ -1073,6 +1081,9 @@ def restore(learner, state):
     """Puts a learner, and torch's generators, into a state from `state_of`."""
     for name, x in vars(learner).items():
         if hasattr(x, "load_state_dict"):
+            # An optimizer knows the parameters by their order alone.
+            same = list(state[name]) == list(x.state_dict())
+            require(same, f"{name} has other parameters: use the transformers that it began with")
             x.load_state_dict(state[name])
     learner.iteration = state["iteration"]
     learner.buffer.transitions.clear()

@@ -2544,6 +2544,34 @@ def test_an_offline_run_goes_on_without_its_file(quick):
     assert go_on("run") == expected
 
 
+def test_a_game_that_fails_in_a_run_gets_one_line_and_the_run_goes_on_later(stock, quick, capsys):
+    step = GAMES["detective"].step
+    turns = iter(range(12))  # two of the trial, eight of the third iteration
+
+    def fails_later(game, utterance):
+        if next(turns, None) is None:
+            raise ConnectionError("gone")
+        return step(game, utterance)
+
+    start("run", "--iterations", "2")
+    with mock.patch.object(GAMES["detective"], "step", fails_later):
+        line = mistake(capsys, "--resume", "run", "--iterations", "4")
+    assert line.startswith("archer: the game's step(") and line.endswith(": gone")
+    assert ": ConnectionError in test_archer.py, line" in line
+    assert go_on("run", "--iterations", "4") == outcome(stock / "run")
+
+
+def test_parameters_in_another_order_are_refused(stock, quick, capsys):
+    """Another version of transformers may have them so; Adam knows them by their order alone."""
+    start("run", "--iterations", "2")
+    record = torch.load("run/checkpoint.pt", weights_only=True)
+    critic = record["learner"]["critic"]
+    critic[next(iter(critic))] = critic.pop(next(iter(critic)))
+    torch.save(record, "run/checkpoint.pt")
+    line = mistake(capsys, "--resume", "run", "--iterations", "4")
+    assert "critic has other parameters: use the transformers that it began with" in line
+
+
 def test_a_run_stopped_before_its_first_checkpoint_is_begun_again(stock, quick):
     with stopped_in_call("descend", 3):
         start("run")
@@ -2770,14 +2798,17 @@ UNPLAYABLE = {
     "old_gym": a_game(step=lambda self, utterance: ("go\n", 0.0, True, {})),
     "pays_nan": a_game(pays=lambda: math.nan),
     "pays_nothing": a_game(pays=lambda: None),
-    "made": a_game()(),
     "endless": a_game(step=lambda self, utterance: ("go\n", 0.0, False, False, {})),
     "only_words": a_game(step=lambda self, a: ("go\n", 0.0, a[0] == "?", False, {})),
     "no_marks": a_game(step=lambda self, a: ("go\n", 0.0, {"look": 0, "": 0}[a], False, {})),
+    "maybe_cut": a_game(step=lambda self, a: ("go\n", 0.0, True, "False", {})),
     "in_bytes": a_game(b"go\n"),
     "in_numbers": a_game(7),
 }
 BAD_GAMES = UNPLAYABLE | {
+    "made": a_game()(),
+    "filled_in": functools.partial(a_game()),  # demonstrations and settings would be lost
+    "no_json": a_game(step=lambda self, a: json.loads(a)),
     "good": a_game(),
     "huge": a_game("go " * 3000),
     "wide": a_game("take note " * 80),  # as bytes, too many for a critic
@@ -2811,8 +2842,10 @@ MISTAKES = {  # alternative options: what the line must say of each, {} being it
     "--demonstrations 0 | --env good | --actor gpt2 --env good --episodes 0": "nothing to begin",
     "--offline no_episodes": "no_episodes has no turns",
     "--env endless": "{} is not as README describes a game: after 1,000 turns it",
-    "--env only_words": "{} is not as README describes a game: IndexError in test_archer.py, line",
-    "--env no_marks": "{} is not as README describes a game: KeyError in test_archer.py, line",
+    "--env only_words": "a game: the game's step(''): IndexError in test_archer.py, line",
+    "--env no_marks": "a game: the game's step('?!'): KeyError in test_archer.py, line",
+    "--env no_json": "JSONDecodeError in test_archer.py, line",  # not in decoder.py, line 355
+    "--actor gpt2 --env made | --actor gpt2 --env filled_in": "{} is not a class made without",
     "--env in_numbers": "{} is not as README describes a game: the observation is not a text",
     "--env bad_teacher": "the demonstrations of {}: the utterance is not a text but None",
     # files
