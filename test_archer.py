@@ -2450,7 +2450,7 @@ def test_transformers_loads_the_saved_actor_and_archer_trains_it_on(stock, quick
     weights = hash(Path(saved, "model.safetensors").read_bytes())
     assert start("same", *options, "--iterations", "1")[-1] == weights  # the critic's warm-up
     assert start("other", *options)[-1] != weights
-    monkeypatch.setitem(GAMES, "silent", functools.partial(Silent))  # only `reset` and `step`
+    monkeypatch.setitem(GAMES, "silent", Silent)  # only `reset` and `step`
     assert "optimum" not in start("new", *options, "--env=silent", f"--critic={stock}/roberta")[1]
 
 
