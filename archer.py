@@ -401,12 +401,13 @@ def rollout(game, actor, episodes, rng, greedy=False):
 
     game: a class; reset(seed=...) -> (s, info), step(a) -> (s2, r, terminated, truncated, info).
     rng: a random.Random, for the games' seeds; utterances are drawn by torch's generator. Easy to
-    overlook: `truncated` ends an episode, but is not `done`. Raises UserError for a turn that the
-    critic could not learn from (see `checked_turn`).
+    overlook: `truncated` ends an episode, but is not `done`. Raises UserError if the game fails, or
+    for a turn that the critic could not learn from (see `checked_turn`).
     """
     played = [[] for _ in range(episodes)]
     with new_games(game, episodes) as games:
-        begun = [g.reset(seed=rng.randrange(2**31)) for g in games]
+        with explained("the game's reset", located=True):
+            begun = [g.reset(seed=rng.randrange(2**31)) for g in games]
         states = {i: as_text(s, "observation") for i, (s, _) in enumerate(begun)}
         while states:  # some games still run
             utterances, token_ids = actor.act(list(states.values()), greedy)
@@ -415,7 +416,7 @@ def rollout(game, actor, episodes, rng, greedy=False):
                     s2, r, terminated, truncated, _ = games[i].step(a)
                 # The same turn in Python's own types.
                 s, a, r, s2, done = checked_turn((states[i], a, r, s2, terminated))
-                require(truncated in (True, False), f"truncated is neither: {truncated!r}")
+                require(truncated in (True, False), f"truncated is not a bool: {truncated!r}")
                 played[i].append(Transition(s, a, ids, r, s2, done))
                 states[i] = s2
                 if terminated or truncated:
@@ -707,8 +708,9 @@ def explained(what, located=False):
     except Exception as error:
         what += f": {type(error).__name__}"
         if located:
+            # The innermost line that is in no library, if any.
+            library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen")
             places = traceback.extract_tb(error.__traceback__)
-            library = (*(sysconfig.get_path(x) for x in ("stdlib", "purelib")), "<frozen")
             own = [p for p in places if not p.filename.startswith(library)]
             place = (own or places)[-1]
             what += f" in {Path(place.filename).name}, line {place.lineno}"

@@ -2544,19 +2544,28 @@ def test_an_offline_run_goes_on_without_its_file(quick):
     assert go_on("run") == expected
 
 
-def test_a_game_that_fails_in_a_run_gets_one_line_and_the_run_goes_on_later(stock, quick, capsys):
-    step = GAMES["detective"].step
-    turns = iter(range(12))  # two of the trial, eight of the third iteration
+def test_an_error_has_a_place_even_if_archer_is_installed_among_libraries(monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "")  # every file is below it
+    with pytest.raises(archer.UserError, match="^x: ZeroDivisionError in test_archer.py, line"):
+        with archer.explained("x", located=True):
+            _ = 1 / 0
 
-    def fails_later(game, utterance):
-        if next(turns, None) is None:
+
+# The fourth iteration fails: eight turns and four games of the third, and those of the trial.
+@pytest.mark.parametrize("method, calls", [("step", 8 + 2), ("reset", 4 + 1)])
+def test_a_game_may_fail_in_a_run_that_goes_on_later(method, calls, stock, quick, capsys):
+    works = getattr(GAMES["detective"], method)
+    left = iter(range(calls))
+
+    def fails_later(game, *arguments, **options):
+        if next(left, None) is None:
             raise ConnectionError("gone")
-        return step(game, utterance)
+        return works(game, *arguments, **options)
 
     start("run", "--iterations", "2")
-    with mock.patch.object(GAMES["detective"], "step", fails_later):
+    with mock.patch.object(GAMES["detective"], method, fails_later):
         line = mistake(capsys, "--resume", "run", "--iterations", "4")
-    assert line.startswith("archer: the game's step(") and line.endswith(": gone")
+    assert line.startswith(f"archer: the game's {method}") and line.endswith(": gone")
     assert ": ConnectionError in test_archer.py, line" in line
     assert go_on("run", "--iterations", "4") == outcome(stock / "run")
 

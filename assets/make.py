@@ -1236,8 +1236,8 @@ PARTS_OF_STUDY = [*FIVE, *PARTS, "changes"]
 
 # For every method: eight settings that were tried on a seed that is not shown, for 800 episodes.
 # The one with the highest mean of the last fifth of its episodes is then played for 1,200 episodes
-# on five others, from both kinds of demonstrations. Methods of the same batch have the same warm
-# start; ArCHer's batch of 64, in the settings shown, halves the examples of its warm start.
+# on five others, from both kinds of demonstrations. Settings of the same batch have the same warm
+# start; a batch of 64, as in ArCHer's best of eight, halves the examples of the warm start, too.
 ADVENTURE = {"demonstrations": 400, "warm_start_steps": 700, "warmup_iterations": 8, "episodes": 16}
 SMALL_BATCH = {"gamma": 0.985, "critic_steps": 100, "actor_loss": "baseline", "batch": 64}
 AWR = {"actor_loss": "awr", "awr_beta": 3.0, "actor_steps": 16}
@@ -2197,13 +2197,11 @@ def adventure_of_readme(runs):
     rows = []
     shown = best_runs(runs)
     for name, settings in best_settings(runs).items():
-        usual = shown["usual", name, words(settings)]
-        weak = shown.get(("weak", name, words(settings)))
+        usual, weak = (shown[kind, name, words(settings)] for kind in ("usual", "weak"))
         row = [f"{name}, token baseline" if name == "ArCHer" else name]
         row.append(spread([last_fifth(run) for run in usual]))
         row.append(spread([arrival(run, 276) for run in usual]))
-        row.append(spread([last_fifth(run) for run in weak]) if weak else "not played")
-        rows.append([*row, PAPER.get(name, "")])
+        rows.append([*row, spread([last_fifth(run) for run in weak]), PAPER.get(name, "")])
     header = ["method", "points, last 240 of 1,200 episodes"]
     header += ["episodes until 276 (mean of 32)", "points, weak"]
     return markdown([*header, "paper (figure)"], rows)
