@@ -2546,9 +2546,9 @@ def test_an_offline_run_goes_on_without_its_file(quick):
 
 def test_an_error_has_a_place_even_if_archer_is_installed_among_libraries(monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: "")  # every file is below it
-    with pytest.raises(archer.UserError, match="^x: ZeroDivisionError in test_archer.py, line"):
-        with archer.explained("x", located=True):
-            _ = 1 / 0
+    line = "^x: ZeroDivisionError in test_archer.py, line"
+    with pytest.raises(archer.UserError, match=line), archer.explained("x", located=True):
+        _ = 1 / 0
 
 
 # The fourth iteration fails: eight turns and four games of the third, and those of the trial.
